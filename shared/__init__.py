@@ -1,0 +1,1 @@
+"""What two or more services need: tensor transport, shapes, errors, gRPC bootstrap, logging, checkpoints."""

@@ -1,0 +1,127 @@
+"""One thread owns the device; work waits in a bounded queue and never runs on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from shared.errors import ResourceExhausted
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Job(Generic[T]):
+    work: Callable[[], Iterator[T]]
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def post(self, kind: str, value: Any) -> None:
+        self.loop.call_soon_threadsafe(self.events.put_nowait, (kind, value))
+
+
+class DeviceWorker:
+    """Runs generators one after another on its own thread.
+
+    Cancelling the consumer stops the generator at its next `yield`: between two steps, never inside one.
+    """
+
+    def __init__(self, name: str, *, max_pending: int) -> None:
+        """
+        Args:
+            name: of the thread, and of the queue in messages.
+            max_pending: most jobs waiting or running; further ones are refused.
+        """
+        self._name = name
+        self._max_pending = max_pending
+        self._queue: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._pending = 0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def num_pending(self) -> int:
+        """Jobs waiting or running."""
+        return self._pending
+
+    async def stream(self, work: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
+        """What `work` yields, as it yields it. `work` is called on the device thread.
+
+        Raises:
+            ResourceExhausted: the queue is full.
+            Exception: whatever `work` raises.
+        """
+        if self._pending >= self._max_pending:
+            raise ResourceExhausted(
+                f"the {self._name} queue is full ({self._pending} of {self._max_pending}); try again later"
+            )
+        job = _Job(work, asyncio.get_running_loop())
+        self._pending += 1
+        self._queue.put(job)
+        ended = False
+        try:
+            while True:
+                kind, value = await job.events.get()
+                ended = kind != "item"
+                if kind == "item":
+                    yield value
+                elif kind == "error":
+                    raise value
+                else:
+                    return
+        finally:
+            job.cancelled.set()
+            if not ended:
+                await asyncio.shield(self._drained(job))
+            self._pending -= 1
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of `work`, called on the device thread.
+
+        Raises:
+            ResourceExhausted: the queue is full.
+            Exception: whatever `work` raises.
+        """
+
+        def once() -> Iterator[T]:
+            yield work()
+
+        results = [item async for item in self.stream(once)]
+        return results[0]
+
+    def close(self) -> None:
+        """End the thread after the job it is at; jobs still waiting are not begun."""
+        self._queue.put(None)
+        self._thread.join(timeout=60)
+
+    @staticmethod
+    async def _drained(job: _Job[Any]) -> None:
+        while (await job.events.get())[0] == "item":
+            pass
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                if not job.cancelled.is_set():
+                    self._iterate(job)
+                job.post("end", None)
+            except Exception as error:
+                job.post("error", error)
+
+    @staticmethod
+    def _iterate(job: _Job[Any]) -> None:
+        items = iter(job.work())
+        try:
+            for item in items:
+                job.post("item", item)
+                if job.cancelled.is_set():
+                    return
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()

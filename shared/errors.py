@@ -1,0 +1,144 @@
+"""The one table of errors: what can go wrong, and which gRPC status it becomes.
+
+Engines raise these; only `shared.grpc_server` turns them into statuses and `shared.grpc_client` turns statuses back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One wrong field of a request: its path, and what came and what is allowed."""
+
+    field: str
+    description: str
+
+
+class OviError(Exception):
+    """Base of every expected failure. `code` is a gRPC status name, `reason` a stable machine-readable word."""
+
+    code: ClassVar[str] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+
+    @property
+    def message(self) -> str:
+        """What came, what was expected, what to do."""
+        return str(self)
+
+
+class InvalidRequest(OviError):
+    """The input is wrong; carries every violation found, not only the first."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        if not violations:
+            raise ValueError("InvalidRequest needs at least one violation")
+        self.violations = tuple(violations)
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidRequest:
+        """An error of a single field."""
+        return cls([FieldViolation(field, description)])
+
+
+class NotFound(OviError):
+    """The named thing does not exist."""
+
+    code = "NOT_FOUND"
+    reason = "NOT_FOUND"
+
+
+class AlreadyExists(OviError):
+    """The name is taken by something different."""
+
+    code = "ALREADY_EXISTS"
+    reason = "ALREADY_EXISTS"
+
+
+class FailedPrecondition(OviError):
+    """The thing exists but is not in a state that allows this."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "FAILED_PRECONDITION"
+
+
+class ReferenceLost(FailedPrecondition):
+    """A tensor reference's lease has ended or its producer is gone; the producing stage must run again."""
+
+    reason = "TENSOR_REFERENCE_LOST"
+
+
+class CheckpointError(FailedPrecondition):
+    """A weight file is missing, damaged or does not fit the model; names the file and what to do."""
+
+    reason = "CHECKPOINT"
+
+
+class CorruptTensor(OviError):
+    """Tensor bytes did not arrive as announced."""
+
+    code = "DATA_LOSS"
+    reason = "CORRUPT_TENSOR"
+
+
+class ResourceExhausted(OviError):
+    """A queue is full or memory is out; try later or smaller."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "RESOURCE_EXHAUSTED"
+
+
+class Unavailable(OviError):
+    """Loading, draining or unreachable; the same call can succeed later."""
+
+    code = "UNAVAILABLE"
+    reason = "UNAVAILABLE"
+
+
+class DeadlineExceeded(OviError):
+    """The caller's time ran out."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(OviError):
+    """The caller no longer wants the result."""
+
+    code = "CANCELLED"
+    reason = "CANCELLED"
+
+
+class Internal(OviError):
+    """Anything else; the message carries an id that is found in the service's log."""
+
+
+class Unauthenticated(OviError):
+    """No or wrong credentials."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+ERRORS: tuple[type[OviError], ...] = (
+    InvalidRequest,
+    NotFound,
+    AlreadyExists,
+    FailedPrecondition,
+    ReferenceLost,
+    CheckpointError,
+    CorruptTensor,
+    ResourceExhausted,
+    Unavailable,
+    DeadlineExceeded,
+    Cancelled,
+    Internal,
+    Unauthenticated,
+)

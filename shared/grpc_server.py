@@ -1,0 +1,272 @@
+"""gRPC bootstrap of every service: errors, request ids, health, reflection, readiness, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import secrets
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+import torch
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_status import rpc_status
+
+from shared.errors import Internal, InvalidRequest, OviError, ResourceExhausted, Unavailable
+from shared.grpc_client import REQUEST_ID_KEY
+from shared.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def status_of(error: Exception) -> grpc.Status:
+    """The gRPC status of any exception, by the table in `shared.errors`; unknown ones are logged under a new id."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        error = ResourceExhausted(f"out of device memory: {str(error).splitlines()[0]}")
+    if not isinstance(error, OviError):
+        error_id = secrets.token_hex(8)
+        log.error("unexpected error", error_id=error_id, exc_info=error)
+        error = Internal(f"internal error {error_id}; the service's log has the details under this id")
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain="ovi-serve")]
+    if isinstance(error, InvalidRequest):
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad.field_violations.add(field=violation.field, description=violation.description)
+        details.append(bad)
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    code = code_pb2.Code.Value(error.code)
+    return rpc_status.to_status(status_pb2.Status(code=code, message=error.message[:4000], details=packed))
+
+
+class Phase(enum.Enum):
+    """Life of a service."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class Readiness:
+    """The one place that knows a service's phase; keeps health in step with it."""
+
+    def __init__(self, service_names: Sequence[str]) -> None:
+        self.phase = Phase.LOADING
+        self.health = health.aio.HealthServicer()
+        self._names = ("", *service_names)
+
+    async def enter(self, phase: Phase) -> None:
+        """Change the phase and tell health."""
+        self.phase = phase
+        serving = health_pb2.HealthCheckResponse.SERVING
+        status = serving if phase is Phase.SERVING else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self.health.set(name, status)
+
+    def check(self) -> None:
+        """Refuse work outside SERVING.
+
+        Raises:
+            Unavailable: loading or draining.
+        """
+        if self.phase is not Phase.SERVING:
+            raise Unavailable(f"the service is {self.phase.value}; try again soon")
+
+
+@contextlib.contextmanager
+def _request_context(method: str, metadata: Sequence[tuple[str, str | bytes]]) -> Iterator[None]:
+    given = dict(metadata).get(REQUEST_ID_KEY)
+    request_id = given[:128] if isinstance(given, str) else secrets.token_hex(8)
+    with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
+        yield
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Around every RPC: readiness, request id in the log, and the error table. Health and reflection pass through."""
+
+    def __init__(self, readiness: Readiness) -> None:
+        self._readiness = readiness
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
+            return handler
+        if handler.response_streaming:
+            stream = handler.stream_stream or handler.unary_stream
+
+            async def call_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+                async with self._guard(method, context):
+                    async with contextlib.aclosing(stream(request, context)) as responses:
+                        async for response in responses:
+                            yield response
+
+            wrap = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            return wrap(call_stream, handler.request_deserializer, handler.response_serializer)
+        unary = handler.stream_unary or handler.unary_unary
+
+        async def call_unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._guard(method, context):
+                return await unary(request, context)
+
+        wrap = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return wrap(call_unary, handler.request_deserializer, handler.response_serializer)
+
+    @contextlib.asynccontextmanager
+    async def _guard(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        with _request_context(method, context.invocation_metadata() or ()):
+            try:
+                self._readiness.check()
+                yield
+            except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+                raise
+            except Exception as error:
+                status = status_of(error)
+                log.info("call refused", code=status.code.name, message=status.details)
+                await context.abort_with_status(status)
+
+
+class SyncErrorInterceptor(grpc.ServerInterceptor):
+    """The error table for thread-pool servers (the data port)."""
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        if handler.unary_stream:
+
+            def call_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+                with _request_context(method, context.invocation_metadata()), _abort_on_error(context):
+                    yield from handler.unary_stream(request, context)
+
+            return grpc.unary_stream_rpc_method_handler(
+                call_stream, handler.request_deserializer, handler.response_serializer
+            )
+
+        def call_unary(request: Any, context: grpc.ServicerContext) -> Any:
+            with _request_context(method, context.invocation_metadata()), _abort_on_error(context):
+                return handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(
+            call_unary, handler.request_deserializer, handler.response_serializer
+        )
+
+
+@contextlib.contextmanager
+def _abort_on_error(context: grpc.ServicerContext) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        context.abort_with_status(status_of(error))
+
+
+@dataclass(frozen=True)
+class GrpcService:
+    """A servicer and the generated function that adds it."""
+
+    full_name: str
+    add: Callable[[grpc.aio.Server], None]
+
+
+@dataclass(frozen=True)
+class ListenConfig:
+    """Where a service listens and how long it drains."""
+
+    host: str
+    """Interface; 127.0.0.1 unless told otherwise."""
+    port: int
+    """TCP port; 0 picks a free one."""
+    grace_s: float
+    """Seconds that calls under way have to end after SIGTERM."""
+
+
+def _add_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:
+    """Reflection v1alpha and v1; the two differ in the package name only."""
+    reflection.enable_server_reflection(names, server)
+    servicer = reflection.aio.ReflectionServicer(names)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    name = "grpc.reflection.v1.ServerReflection"
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})])
+
+
+async def serve(
+    config: ListenConfig,
+    services: Sequence[GrpcService],
+    *,
+    load: Callable[[], Awaitable[None]],
+    close: Callable[[], Awaitable[None]],
+) -> None:
+    """Serve until SIGTERM or SIGINT: NOT_SERVING while `load` runs, SERVING, NOT_SERVING while draining, then `close`.
+
+    Raises:
+        RuntimeError: the port is taken.
+        Exception: whatever `load` raises, after the server has stopped.
+    """
+    names = [service.full_name for service in services]
+    readiness = Readiness(names)
+    await readiness.enter(Phase.LOADING)
+    server = grpc.aio.server(interceptors=[CallInterceptor(readiness)])
+    for service in services:
+        service.add(server)
+    health_pb2_grpc.add_HealthServicer_to_server(readiness.health, server)
+    reflected = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
+    _add_reflection(reflected, server)
+    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stopping.set)
+    await server.start()
+    log.info("listening", address=f"{config.host}:{port}")
+    try:
+        await _load_or_stop(load, stopping)
+        if not stopping.is_set():
+            await readiness.enter(Phase.SERVING)
+            log.info("serving", services=names)
+            await stopping.wait()
+    finally:
+        await readiness.enter(Phase.DRAINING)
+        log.info("draining", grace_s=config.grace_s)
+        await server.stop(config.grace_s)
+        await close()
+        log.info("stopped")
+
+
+async def _load_or_stop(load: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
+    loading = asyncio.ensure_future(load())
+    stopped = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if loading.done():
+        await loading
+    else:
+        loading.cancel()

@@ -1,0 +1,1 @@
+"""Moving tensors between services: references, framing, the producer's store, the consumer's transports."""
