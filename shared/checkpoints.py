@@ -149,7 +149,7 @@ def require_layout(path: Path, found: Layout, expected: Layout) -> None:
 
 
 def assign_weights(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors in the place of a module's (meta) parameters and buffers; nothing is copied. Keys must fit exactly."""
+    """Put tensors in place of a module's (meta) parameters and buffers; nothing is copied. Keys must fit exactly."""
     module.load_state_dict(dict(tensors), strict=True, assign=True)
     module.requires_grad_(False)
     module.eval()

@@ -110,10 +110,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             stream = handler.stream_stream or handler.unary_stream
 
             async def call_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-                async with self._guard(method, context):
-                    async with contextlib.aclosing(stream(request, context)) as responses:
-                        async for response in responses:
-                            yield response
+                async with (
+                    self._guard(method, context),
+                    contextlib.aclosing(stream(request, context)) as responses,
+                ):
+                    async for response in responses:
+                        yield response
 
             wrap = (
                 grpc.stream_stream_rpc_method_handler

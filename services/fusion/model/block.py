@@ -1,0 +1,166 @@
+"""One fused block: self-attention in both towers, then attention to text and to the other tower, then feed-forward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from services.fusion.model.config import FusionConfig
+from services.fusion.model.layers import (
+    EPS,
+    Attention,
+    Modulation,
+    ModulationTable,
+    RMSNorm,
+    Rope,
+    add_gated,
+    modulated_norm,
+)
+
+
+class TextKV(NamedTuple):
+    """Keys and values of the prompt for one block of one tower, each (L, N, K); the same for every step of a job."""
+
+    k_LNK: torch.Tensor
+    v_LNK: torch.Tensor
+
+
+class Stream(NamedTuple):
+    """What a block needs of one tower besides its tokens."""
+
+    time_R6D: torch.Tensor
+    """Time rows of the modulation, float32; R = 2 where the first `clean` tokens have a time of their own."""
+    clean: int
+    rope: Rope
+
+
+class SelfAttention(nn.Module):
+    """Attention of a tower to itself; q and k RMS-normed over all heads, then rotated."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def forward(self, x_TD: torch.Tensor, rope: Rope, attention: Attention) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        heads = (self.num_heads, -1)
+        q_TNK = rope.apply(self.norm_q(self.q(x_TD)).unflatten(-1, heads))
+        k_TNK = rope.apply(self.norm_k(self.k(x_TD)).unflatten(-1, heads))
+        v_TNK = self.v(x_TD).unflatten(-1, heads)
+        return self.o(attention(q_TNK, k_TNK, v_TNK).flatten(1))
+
+
+class CrossFusion(nn.Module):
+    """Attention of one tower to its text and to the other tower with one query and one output projection."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o, self.k_fusion, self.v_fusion = (nn.Linear(dim, dim) for _ in range(6))
+        self.norm_q, self.norm_k, self.norm_k_fusion = (RMSNorm(dim) for _ in range(3))
+        self.pre_attn_norm_fusion = nn.LayerNorm(dim, eps=EPS)
+
+    def text_kv(self, text_LD: torch.Tensor) -> TextKV:
+        """Keys and values of the embedded text (L, D)."""
+        heads = (self.num_heads, -1)
+        return TextKV(self.norm_k(self.k(text_LD)).unflatten(-1, heads), self.v(text_LD).unflatten(-1, heads))
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        rope: Rope,
+        text: TextKV,
+        other_SD: torch.Tensor,
+        other_rope: Rope,
+        attention: Attention,
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D); `other_SD` are the tokens of the other tower."""
+        heads = (self.num_heads, -1)
+        q_TNK = self.norm_q(self.q(x_TD)).unflatten(-1, heads)
+        y_SD = self.pre_attn_norm_fusion(other_SD)
+        k_SNK = other_rope.apply(self.norm_k_fusion(self.k_fusion(y_SD)).unflatten(-1, heads))
+        v_SNK = self.v_fusion(y_SD).unflatten(-1, heads)
+        from_text_TNK = attention(q_TNK, text.k_LNK, text.v_LNK)
+        from_other_TNK = attention(rope.apply(q_TNK), k_SNK, v_SNK)
+        return self.o((from_text_TNK + from_other_TNK).flatten(1))
+
+
+class TowerBlock(nn.Module):
+    """One tower's share of a fused block."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(dim, eps=EPS)
+        self.cross_attn = CrossFusion(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = ModulationTable(6, dim)
+
+    def modulations(self, stream: Stream) -> tuple[Modulation, Modulation]:
+        """Of the self-attention and of the feed-forward."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(stream.time_R6D).unbind(1)
+        return Modulation(shift1, scale1, gate1), Modulation(shift2, scale2, gate2)
+
+    def attend_self(
+        self, x_TD: torch.Tensor, modulation: Modulation, stream: Stream, attention: Attention
+    ) -> torch.Tensor:
+        """x + gate * SelfAttn(modulated LN(x))."""
+        y_TD = modulated_norm(x_TD, modulation.shift_RD, modulation.scale_RD, stream.clean)
+        return add_gated(x_TD, self.self_attn(y_TD, stream.rope, attention), modulation.gate_RD, stream.clean)
+
+    def attend_others(
+        self,
+        x_TD: torch.Tensor,
+        modulation: Modulation,
+        stream: Stream,
+        text: TextKV,
+        other_SD: torch.Tensor,
+        other_rope: Rope,
+        attention: Attention,
+    ) -> torch.Tensor:
+        """x + CrossFusion(norm3(x)), then x + gate * FFN(modulated LN(x))."""
+        x_TD = x_TD + self.cross_attn(self.norm3(x_TD), stream.rope, text, other_SD, other_rope, attention)
+        y_TD = modulated_norm(x_TD, modulation.shift_RD, modulation.scale_RD, stream.clean)
+        return add_gated(x_TD, self.ffn(y_TD), modulation.gate_RD, stream.clean)
+
+
+class FusedBlock(nn.Module):
+    """Block i of both towers; the unit that is compiled, sharded or streamed from outside."""
+
+    def __init__(self, video: TowerBlock, audio: TowerBlock) -> None:
+        super().__init__()
+        self.video = video
+        self.audio = audio
+
+    def forward(
+        self,
+        video_TD: torch.Tensor,
+        audio_SD: torch.Tensor,
+        video_stream: Stream,
+        audio_stream: Stream,
+        video_text: TextKV,
+        audio_text: TextKV,
+        attention: Attention,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(video tokens, audio tokens) -> the same, one block later; each tower sees the other's state before it."""
+        video_mod1, video_mod2 = self.video.modulations(video_stream)
+        audio_mod1, audio_mod2 = self.audio.modulations(audio_stream)
+        audio_SD = self.audio.attend_self(audio_SD, audio_mod1, audio_stream, attention)
+        video_TD = self.video.attend_self(video_TD, video_mod1, video_stream, attention)
+        return (
+            self.video.attend_others(
+                video_TD, video_mod2, video_stream, video_text, audio_SD, audio_stream.rope, attention
+            ),
+            self.audio.attend_others(
+                audio_SD, audio_mod2, audio_stream, audio_text, video_TD, video_stream.rope, attention
+            ),
+        )

@@ -1,0 +1,206 @@
+"""The fusion model: two towers of equal depth whose blocks attend to each other (arXiv 2510.01284, section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from services.fusion.model.block import FusedBlock, Stream, TextKV, TowerBlock
+from services.fusion.model.config import PATCH_AREA, FusionConfig
+from services.fusion.model.layers import (
+    Attention,
+    Rope,
+    audio_rope,
+    linear_fp32,
+    modulated_norm,
+    sinusoid,
+    video_rope,
+)
+
+AUDIO_KERNEL = 7
+
+
+class TextCache(NamedTuple):
+    """Keys and values of one prompt for every block: made once a job."""
+
+    video: tuple[TextKV, ...]
+    audio: tuple[TextKV, ...]
+
+
+class RopeTables(NamedTuple):
+    """Rotations of both towers' tokens: made once a shape."""
+
+    video: Rope
+    audio: Rope
+
+
+class Head(nn.Module):
+    """Modulated norm and projection from tokens to latent values."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(dim, out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+
+    def forward(self, x_TD: torch.Tensor, time_RD: torch.Tensor, clean: int) -> torch.Tensor:
+        """(T, D) -> (T, out)."""
+        shift_RD, scale_RD = (self.modulation.float() + time_RD.unsqueeze(1)).unbind(1)
+        return self.head(modulated_norm(x_TD, shift_RD, scale_RD, clean))
+
+
+class GatedConv(nn.Module):
+    """w2(silu(w1 x) * w3 x) with 1-d convolutions of kernel 7 along the sequence, without bias."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        pad = AUDIO_KERNEL // 2
+        self.w1 = nn.Conv1d(dim, hidden_dim, AUDIO_KERNEL, padding=pad, bias=False)
+        self.w2 = nn.Conv1d(hidden_dim, dim, AUDIO_KERNEL, padding=pad, bias=False)
+        self.w3 = nn.Conv1d(dim, hidden_dim, AUDIO_KERNEL, padding=pad, bias=False)
+
+    def forward(self, x_DS: torch.Tensor) -> torch.Tensor:
+        """(D, S) -> (D, S)."""
+        return self.w2(F.silu(self.w1(x_DS)) * self.w3(x_DS))
+
+
+class Tower(nn.Module):
+    """The parts both towers have."""
+
+    def __init__(self, config: FusionConfig, out_dim: int) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(TowerBlock(config) for _ in range(config.num_layers))
+        self.head = Head(dim, out_dim)
+
+    def text_kv(self, text_LC: torch.Tensor) -> tuple[TextKV, ...]:
+        """Every block's keys and values of a prompt (L, text_dim), zero-padded to text_len rows."""
+        padded = F.pad(text_LC, (0, 0, 0, self.config.text_len - text_LC.shape[0]))
+        embedded_LD = self.text_embedding(padded)
+        return tuple(block.cross_attn.text_kv(embedded_LD) for block in self.blocks)
+
+    def time_rows(self, timestep_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R,) timesteps -> (R, D) for the head and (R, 6, D) for the blocks, float32."""
+        x = linear_fp32(self.time_embedding[0], sinusoid(timestep_R, self.config.freq_dim))
+        time_RD = linear_fp32(self.time_embedding[2], F.silu(x))
+        return time_RD, linear_fp32(self.time_projection[1], F.silu(time_RD)).unflatten(-1, (6, -1))
+
+
+class VideoTower(Tower):
+    """Tokens are (1, 2, 2) patches of the latent, in (F, H, W) order."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__(config, config.video_channels * PATCH_AREA)
+        self.patch_embedding = nn.Conv3d(config.video_channels, config.dim, (1, 2, 2), stride=(1, 2, 2))
+
+    def embed(self, latent_CFHW: torch.Tensor) -> torch.Tensor:
+        """(C, F, H, W) -> (T, D). A convolution whose kernel is its stride is a product with the patches."""
+        patches = latent_CFHW.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+        patches_TC = patches.permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(0, 2)
+        weight = self.patch_embedding.weight
+        return F.linear(patches_TC.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+
+    def unpatch(self, values_TP: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        """(T, 2*2*C) -> (C, F, H, W)."""
+        patches = values_TP.view(*grid, 2, 2, -1)
+        return patches.permute(5, 0, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class AudioTower(Tower):
+    """Tokens are the latent rows; the input sees seven neighbours."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__(config, config.audio_channels)
+        self.patch_embedding = nn.Sequential(
+            nn.Conv1d(config.audio_channels, config.dim, AUDIO_KERNEL, padding=AUDIO_KERNEL // 2),
+            nn.SiLU(),
+            GatedConv(config.dim, config.audio_mlp_dim),
+        )
+
+    def embed(self, latent_SC: torch.Tensor) -> torch.Tensor:
+        """(S, C) -> (S, D)."""
+        x_CS = latent_SC.to(self.head.head.weight.dtype).T.unsqueeze(0)
+        return self.patch_embedding(x_CS).squeeze(0).T.contiguous()
+
+
+class FusionModel(nn.Module):
+    """Predicts the flow velocity of a video and an audio latent together.
+
+    Parameter names are those of the released checkpoints. `fused_blocks` pairs the towers' blocks; replacing its
+    entries is how compiling, sharding or streaming is applied from outside.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.video_model = VideoTower(config)
+        self.audio_model = AudioTower(config)
+        pairs = zip(self.video_model.blocks, self.audio_model.blocks, strict=True)
+        self.fused_blocks: list[nn.Module] = [FusedBlock(video, audio) for video, audio in pairs]  # type: ignore[arg-type]
+
+    def encode_text(self, video_LC: torch.Tensor, audio_LC: torch.Tensor) -> TextCache:
+        """The prompt rows (L <= text_len, text_dim) each tower attends to, as keys and values of every block."""
+        dtype = self.video_model.head.head.weight.dtype
+        return TextCache(self.video_model.text_kv(video_LC.to(dtype)), self.audio_model.text_kv(audio_LC.to(dtype)))
+
+    def rope_tables(self, video_shape: tuple[int, int, int], audio_length: int) -> RopeTables:
+        """Rotations for latents (C, *video_shape) and (audio_length, C), on the CPU."""
+        frames, height, width = video_shape
+        head_dim = self.config.head_dim
+        return RopeTables(video_rope(frames, height // 2, width // 2, head_dim), audio_rope(audio_length, head_dim))
+
+    def forward(
+        self,
+        video_CFHW: torch.Tensor,
+        audio_SC: torch.Tensor,
+        timestep: torch.Tensor,
+        text: TextCache,
+        rope: RopeTables,
+        attention: Attention,
+        *,
+        clean_first_frame: bool = False,
+        skip_layer: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One prediction.
+
+        Args:
+            video_CFHW: noisy video latent; H and W even.
+            audio_SC: noisy audio latent.
+            timestep: scalar tensor, 0..1000, on the latents' device.
+            text: from `encode_text`.
+            rope: from `rope_tables`, on the latents' device.
+            attention: unmasked attention.
+            clean_first_frame: latent frame 0 is a given picture; its tokens have timestep 0.
+            skip_layer: block left out (skip-layer guidance); 0 leaves none out.
+
+        Returns:
+            Velocities of the latents' shapes, float32.
+        """
+        _, frames, height, width = video_CFHW.shape
+        grid = (frames, height // 2, width // 2)
+        timestep_1 = timestep.reshape(1)
+        video_timestep_R = torch.cat([torch.zeros_like(timestep_1), timestep_1]) if clean_first_frame else timestep_1
+        clean = grid[1] * grid[2] if clean_first_frame else 0
+        video_time_RD, video_time_R6D = self.video_model.time_rows(video_timestep_R)
+        audio_time_RD, audio_time_R6D = self.audio_model.time_rows(timestep_1)
+        video_stream = Stream(video_time_R6D, clean, rope.video)
+        audio_stream = Stream(audio_time_R6D, 0, rope.audio)
+        video_TD = self.video_model.embed(video_CFHW)
+        audio_SD = self.audio_model.embed(audio_SC)
+        for index, block in enumerate(self.fused_blocks):
+            if index and index == skip_layer:
+                continue
+            video_TD, audio_SD = block(
+                video_TD, audio_SD, video_stream, audio_stream, text.video[index], text.audio[index], attention
+            )
+        video_TP = self.video_model.head(video_TD, video_time_RD, clean)
+        audio_SC = self.audio_model.head(audio_SD, audio_time_RD, 0)
+        return self.video_model.unpatch(video_TP, grid).float(), audio_SC.float()
