@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+EXIT_BAD_CONFIG = 3
+"""Exit status of a service that can never start as configured; restarting it does not help."""
+
 
 @dataclass(frozen=True)
 class FieldViolation:

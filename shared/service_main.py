@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 
-from shared.errors import CheckpointError
+from shared.errors import EXIT_BAD_CONFIG, CheckpointError
 from shared.grpc_server import ListenConfig
 from shared.logging import configure_logging, get_logger
 from shared.tensors.transport import LOOPBACK_HOSTS
-
-EXIT_BAD_CONFIG = 3
-"""Exit status of a service that can never start as configured; restarting it does not help."""
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
