@@ -20,6 +20,20 @@ class _Job(Generic[T]):
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    begun: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> bool:
+        """On the device thread: whether the job is still wanted; from then on its end is posted."""
+        with self.lock:
+            self.begun = not self.cancelled.is_set()
+            return self.begun
+
+    def cancel(self) -> bool:
+        """On the event loop: ask for a stop; True if the job has begun and will post its end."""
+        with self.lock:
+            self.cancelled.set()
+            return self.begun
 
     def post(self, kind: str, value: Any) -> None:
         self.loop.call_soon_threadsafe(self.events.put_nowait, (kind, value))
@@ -75,8 +89,7 @@ class DeviceWorker:
                 else:
                     return
         finally:
-            job.cancelled.set()
-            if not ended:
+            if job.cancel() and not ended:
                 await asyncio.shield(self._drained(job))
             self._pending -= 1
 
@@ -106,9 +119,10 @@ class DeviceWorker:
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
+            if not job.begin():
+                continue
             try:
-                if not job.cancelled.is_set():
-                    self._iterate(job)
+                self._iterate(job)
                 job.post("end", None)
             except Exception as error:
                 job.post("error", error)

@@ -1,0 +1,147 @@
+"""The sampling loop: predict, guide, step both solvers, yield progress (arXiv 2510.01284, section 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from services.fusion.model.fusion import RopeTables, TextCache
+from services.fusion.model.layers import Attention
+from services.fusion.sampling.solvers import FlowSolver
+from shared.sampling_options import SamplingOptions
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A finished solver step: 1-based index, number of steps, noise level before it, seconds it took."""
+
+    index: int
+    total: int
+    sigma: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents (C, F, H, W) and (S, C), float32."""
+
+    video_CFHW: torch.Tensor
+    audio_SC: torch.Tensor
+
+
+class Predictor(Protocol):
+    """The model with attention bound: one velocity prediction for both latents."""
+
+    def __call__(
+        self,
+        latents: Latents,
+        timestep: torch.Tensor,
+        text: TextCache,
+        *,
+        clean_first_frame: bool,
+        skip_layer: int,
+    ) -> Latents:
+        """Velocities of the latents' shapes, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a run is conditioned on, on the device."""
+
+    prompt: TextCache
+    negative: TextCache | None
+    """None only where options.needs_negative_pass is False."""
+    first_frame_CHW: torch.Tensor | None
+    """Latent of the given picture; None for text to video."""
+
+
+def draw_noise(video_shape: tuple[int, ...], audio_shape: tuple[int, ...], seed: int) -> Latents:
+    """Standard normal noise from two CPU generators with the same seed, so that a seed means the same on any device."""
+    video, audio = (
+        torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for shape in (video_shape, audio_shape)
+    )
+    return Latents(video, audio)
+
+
+def guided(positive: Latents, negative: Latents, options: SamplingOptions) -> Latents:
+    """neg + scale * (pos - neg), with a scale for each modality."""
+    return Latents(
+        torch.lerp(negative.video_CFHW, positive.video_CFHW, options.video_guidance_scale),
+        torch.lerp(negative.audio_SC, positive.audio_SC, options.audio_guidance_scale),
+    )
+
+
+def with_first_frame(latents: Latents, first_frame_CHW: torch.Tensor | None) -> Latents:
+    """The latents with video frame 0 replaced by the given picture's, if there is one."""
+    if first_frame_CHW is None:
+        return latents
+    video_CFHW = latents.video_CFHW.clone()
+    video_CFHW[:, 0] = first_frame_CHW
+    return Latents(video_CFHW, latents.audio_SC)
+
+
+@torch.inference_mode()
+def denoise(
+    predict: Predictor, noise: Latents, conditions: Conditions, options: SamplingOptions
+) -> Iterator[StepDone | Latents]:
+    """Yield a StepDone after every step and the final Latents last; stops cleanly at any yield.
+
+    Args:
+        predict: the model.
+        noise: initial latents on the device, float32.
+        conditions: texts and first picture.
+        options: solver, steps, guidance; the seed is spent already.
+    """
+    solver_args = (options.solver, options.num_inference_steps, options.flow_shift)
+    video_solver, audio_solver = FlowSolver(*solver_args), FlowSolver(*solver_args)
+    timesteps = torch.tensor(video_solver.timesteps, device=noise.video_CFHW.device)
+    clean = conditions.first_frame_CHW is not None
+    latents = noise
+    for index in range(options.num_inference_steps):
+        start = time.perf_counter()
+        latents = with_first_frame(latents, conditions.first_frame_CHW)
+        velocity = predict(latents, timesteps[index], conditions.prompt, clean_first_frame=clean, skip_layer=0)
+        if conditions.negative is not None:
+            negative = predict(
+                latents,
+                timesteps[index],
+                conditions.negative,
+                clean_first_frame=clean,
+                skip_layer=options.slg_layer,
+            )
+            velocity = guided(velocity, negative, options)
+        latents = Latents(
+            video_solver.step(velocity.video_CFHW, latents.video_CFHW),
+            audio_solver.step(velocity.audio_SC, latents.audio_SC),
+        )
+        if latents.video_CFHW.is_cuda:
+            torch.cuda.synchronize(latents.video_CFHW.device)
+        seconds = time.perf_counter() - start
+        yield StepDone(index + 1, options.num_inference_steps, video_solver.sigmas[index], seconds)
+    yield with_first_frame(latents, conditions.first_frame_CHW)
+
+
+def bind(model: torch.nn.Module, rope: RopeTables, attention: Attention) -> Predictor:
+    """A model as a Predictor for one shape."""
+
+    def predict(
+        latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
+    ) -> Latents:
+        video_CFHW, audio_SC = model(
+            latents.video_CFHW,
+            latents.audio_SC,
+            timestep,
+            text,
+            rope,
+            attention,
+            clean_first_frame=clean_first_frame,
+            skip_layer=skip_layer,
+        )
+        return Latents(video_CFHW, audio_SC)
+
+    return predict

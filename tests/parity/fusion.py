@@ -1,0 +1,110 @@
+"""Golden comparisons of the fusion model, the solvers and whole sampling runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from services.fusion.attention import sdpa
+from services.fusion.checkpoint import build, infer_config, layout
+from services.fusion.model.fusion import FusionModel
+from services.fusion.sampling.denoise import Conditions, Latents, bind, denoise
+from services.fusion.sampling.solvers import FlowSolver
+from shared.checkpoints import layout_of, require_layout
+from shared.sampling_options import SamplingOptions, Solver
+from tests.parity.comparison import SCHEDULER_TOLERANCE, Comparison, GoldenFile, max_abs_err
+
+
+def _model(path: Path) -> FusionModel:
+    golden = GoldenFile.read(path)
+    weights = golden.weights("weights.")
+    widths = golden.json("video_config")
+    config = infer_config(layout_of(weights), path, num_heads=widths["num_heads"], text_len=widths["text_len"])
+    require_layout(path, layout_of(weights), layout(config))
+    return build(config, weights)
+
+
+@torch.inference_mode()
+def model_comparisons(golden: Path) -> Iterator[Comparison]:
+    """Every forward case of fusion.safetensors."""
+    path = golden / "fusion.safetensors"
+    file, model = GoldenFile.read(path), _model(path)
+    for index, case in enumerate(file.json("cases")):
+        name = f"case{index}"
+        inputs = {key: file.tensors[f"{name}.{key}"] for key in ("video_latent", "audio_latent")}
+        text = model.encode_text(file.tensors[f"{name}.video_context"], file.tensors[f"{name}.audio_context"])
+        _, *video_shape = inputs["video_latent"].shape
+        outputs = model(
+            inputs["video_latent"],
+            inputs["audio_latent"],
+            torch.tensor(case["timestep"]),
+            text,
+            model.rope_tables((video_shape[0], video_shape[1], video_shape[2]), len(inputs["audio_latent"])),
+            sdpa,
+            clean_first_frame=case["first_frame_is_clean"],
+            skip_layer=case["slg_layer"],
+        )
+        for output, ours in zip(("video_out", "audio_out"), outputs, strict=True):
+            yield Comparison("fusion", name, output, max_abs_err(ours, file.tensors[f"{name}.{output}"]))
+
+
+def scheduler_comparisons(golden: Path) -> Iterator[Comparison]:
+    """Timesteps, noise levels and every step of the toy trajectories of schedulers.safetensors."""
+    file = GoldenFile.read(golden / "schedulers.safetensors")
+    matrix = file.tensors["matrix"]
+    for index, case in enumerate(file.json("cases")):
+        solver = FlowSolver(Solver(case["solver"]), case["steps"], case["shift"])
+        sample = file.tensors["x0"]
+        steps = []
+        for timestep in solver.timesteps:
+            velocity = torch.einsum("ij,bjk->bik", matrix, sample) + torch.sin(torch.tensor(timestep) / 200)
+            sample = solver.step(velocity, sample)
+            steps.append(sample)
+        ours = {
+            "sigmas": torch.tensor(solver.sigmas, dtype=torch.float64),
+            "timesteps": torch.tensor(solver.timesteps, dtype=torch.float64),
+            "trajectory": torch.stack(steps),
+        }
+        for output, value in ours.items():
+            error = max_abs_err(value, file.tensors[f"case{index}.{output}"])
+            yield Comparison("schedulers", f"case{index}", output, error, SCHEDULER_TOLERANCE)
+
+
+@torch.inference_mode()
+def pipeline_comparisons(golden: Path) -> Iterator[Comparison]:
+    """Whole sampling runs of pipeline.safetensors, from given noise to final latents."""
+    file = GoldenFile.read(golden / "pipeline.safetensors")
+    model = _model(golden / file.metadata["weights"])
+    for index, case in enumerate(file.json("cases")):
+        name = f"case{index}"
+        tensors = {key.removeprefix(f"{name}."): value for key, value in file.tensors.items() if key.startswith(name)}
+        options = SamplingOptions(
+            num_inference_steps=case["steps"],
+            video_guidance_scale=case["video_guidance_scale"],
+            audio_guidance_scale=case["audio_guidance_scale"],
+            flow_shift=case["shift"],
+            solver=Solver(case["solver"]),
+            slg_layer=case["slg_layer"],
+        )
+        conditions = Conditions(
+            prompt=model.encode_text(tensors["prompt"], tensors["prompt"]),
+            negative=model.encode_text(tensors["video_negative"], tensors["audio_negative"]),
+            first_frame_CHW=tensors["first_frame_latent"][:, 0] if case["i2v"] else None,
+        )
+        _, frames, height, width = tensors["video_noise"].shape
+        rope = model.rope_tables((frames, height, width), len(tensors["audio_noise"]))
+        noise = Latents(tensors["video_noise"], tensors["audio_noise"])
+        *_, final = denoise(bind(model, rope, sdpa), noise, conditions, options)
+        if not isinstance(final, Latents):
+            raise TypeError("a run must end with its latents")
+        yield Comparison("pipeline", name, "video_latent", max_abs_err(final.video_CFHW, tensors["video_latent"]))
+        yield Comparison("pipeline", name, "audio_latent", max_abs_err(final.audio_SC, tensors["audio_latent"]))
+
+
+def comparisons(golden: Path) -> Iterator[Comparison]:
+    """All of the above."""
+    yield from model_comparisons(golden)
+    yield from scheduler_comparisons(golden)
+    yield from pipeline_comparisons(golden)
