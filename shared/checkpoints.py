@@ -97,6 +97,8 @@ class SafetensorsHeader:
 def read_pth(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth/.pt file, memory-mapped, read with weights_only.
 
+    A dictionary inside the file's dictionary is flattened: {"generator": {"bias": t}} is read as {"generator.bias": t}.
+
     Raises:
         CheckpointError: missing, damaged, or holding anything but tensors.
     """
@@ -109,9 +111,25 @@ def read_pth(path: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged or truncated ({reason}); copy the file again") from None
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise CheckpointError(f"{path}: must hold one flat dictionary of tensors, holds {type(content).__name__}")
-    return content
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a dictionary of tensors, holds {type(content).__name__}")
+    return _flatten(path, content)
+
+
+def _flatten(path: Path, content: Mapping[object, object]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for outer, value in content.items():
+        entries = {f"{outer}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {outer: value}
+        for key, tensor in entries.items():
+            if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or key in tensors:
+                what = (
+                    f"{str(key)[:100]!r} is {type(tensor).__name__}"
+                    if key not in tensors
+                    else f"{key!r} is there twice"
+                )
+                raise CheckpointError(f"{path}: must hold tensors by name, at most one level deep; {what}")
+            tensors[key] = tensor
+    return tensors
 
 
 def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:

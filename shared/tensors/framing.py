@@ -24,7 +24,7 @@ MAX_DIMENSIONS = 8
 _LENGTH = struct.Struct("<Q")
 _TENSOR_NAME = "tensor"
 
-_DTYPES: tuple[tuple[torch.dtype, pb.DataType, str], ...] = (
+_DTYPES: tuple[tuple[torch.dtype, pb.DataType.ValueType, str], ...] = (
     (torch.float32, pb.DATA_TYPE_FLOAT32, "F32"),
     (torch.float16, pb.DATA_TYPE_FLOAT16, "F16"),
     (torch.bfloat16, pb.DATA_TYPE_BFLOAT16, "BF16"),
@@ -52,7 +52,7 @@ class TensorSpec:
 
 def value_bytes(tensor: torch.Tensor) -> memoryview:
     """The values of a contiguous CPU tensor, row-major, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:

@@ -21,7 +21,7 @@ LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 class TensorTransport(Protocol):
     """One way to move a tensor's bytes. Shared memory and CUDA IPC take their place beside the stream here."""
 
-    kind: pb.Transport
+    kind: pb.Transport.ValueType
 
     def fetch(self, ref: pb.TensorRef, spec: TensorSpec, *, timeout_s: float) -> torch.Tensor:
         """A tensor of this process with the values behind `ref`."""
@@ -54,7 +54,7 @@ class Channels:
 class GrpcStreamTransport:
     """TensorService.Fetch: works everywhere."""
 
-    kind = pb.TRANSPORT_GRPC_STREAM
+    kind: pb.Transport.ValueType = pb.TRANSPORT_GRPC_STREAM
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ class Tower(nn.Module):
         """Every block's keys and values of a prompt (L, text_dim), zero-padded to text_len rows."""
         padded = F.pad(text_LC, (0, 0, 0, self.config.text_len - text_LC.shape[0]))
         embedded_LD = self.text_embedding(padded)
-        return tuple(block.cross_attn.text_kv(embedded_LD) for block in self.blocks)
+        return tuple(cast("TowerBlock", block).cross_attn.text_kv(embedded_LD) for block in self.blocks)
 
     def time_rows(self, timestep_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) timesteps -> (R, D) for the head and (R, 6, D) for the blocks, float32."""
@@ -144,7 +144,9 @@ class FusionModel(nn.Module):
         self.video_model = VideoTower(config)
         self.audio_model = AudioTower(config)
         pairs = zip(self.video_model.blocks, self.audio_model.blocks, strict=True)
-        self.fused_blocks: list[nn.Module] = [FusedBlock(video, audio) for video, audio in pairs]  # type: ignore[arg-type]
+        self.fused_blocks: list[nn.Module] = [
+            FusedBlock(cast("TowerBlock", video), cast("TowerBlock", audio)) for video, audio in pairs
+        ]
 
     def encode_text(self, video_LC: torch.Tensor, audio_LC: torch.Tensor) -> TextCache:
         """The prompt rows (L <= text_len, text_dim) each tower attends to, as keys and values of every block."""

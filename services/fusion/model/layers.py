@@ -118,8 +118,9 @@ def sinusoid(timestep: torch.Tensor, freq_dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def linear_fp32(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """The layer in float32 whatever its weights are stored in; for the few rows of the time embedding."""
+def linear_fp32(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A Linear in float32 whatever its weights are stored in; for the few rows of the time embedding."""
+    assert isinstance(layer, nn.Linear)
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 

@@ -1,0 +1,142 @@
+"""The work of the fusion service: variants on disk, one model on the device, sampling runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from services.fusion.attention import select_attention
+from services.fusion.checkpoint import FusionFile
+from services.fusion.model.fusion import FusionModel, RopeTables
+from services.fusion.model.layers import Rope
+from services.fusion.request import RunInputs, RunSpec, ServedVariant
+from services.fusion.sampling.denoise import Conditions, Latents, Predictor, StepDone, bind, denoise, draw_noise
+from shared.errors import CheckpointError, InvalidRequest
+from shared.logging import get_logger
+from shared.variants import VARIANTS
+
+log = get_logger(__name__)
+
+
+class FusionEngine:
+    """Holds at most one variant on the device; a run of another one loads that first.
+
+    `load` and `denoise` are called on one thread only, the device's.
+    """
+
+    def __init__(self, checkpoints: Path, device: torch.device, dtype: torch.dtype) -> None:
+        """
+        Args:
+            checkpoints: folder in the released layout.
+            device: where the model runs.
+            dtype: arithmetic of the model.
+        """
+        self._checkpoints = checkpoints
+        self._device = device
+        self._dtype = dtype
+        self._loaded: tuple[str, FusionModel] | None = None
+        self.attention = select_attention(device, dtype)
+        self.served: dict[str, ServedVariant] = {}
+        """Variants that can be run, by id."""
+        self.problems: dict[str, str] = {}
+        """Why a variant whose file is there cannot be run, by id."""
+
+    @property
+    def loaded_id(self) -> str | None:
+        """Variant on the device."""
+        return self._loaded[0] if self._loaded else None
+
+    def discover(self) -> None:
+        """Check the header of every variant's file that is in the folder.
+
+        Raises:
+            CheckpointError: no file is there, or none fits.
+        """
+        for variant in VARIANTS.values():
+            path = self._checkpoints / variant.file
+            if not path.is_file():
+                continue
+            try:
+                file = FusionFile.open(path)
+                self.served[variant.id] = ServedVariant(variant, file, file.fingerprint())
+            except CheckpointError as error:
+                log.error("variant cannot be served", model=variant.id, reason=error.message)
+                self.problems[variant.id] = error.message
+        if not self.served:
+            files = ", ".join(variant.file for variant in VARIANTS.values())
+            why = "; ".join(self.problems.values()) or f"none of {files} is there; see `ovi models check`"
+            raise CheckpointError(f"{self._checkpoints}: no fusion model can be served: {why}")
+
+    def variant(self, model: str) -> ServedVariant:
+        """The served variant of this id.
+
+        Raises:
+            InvalidRequest: unknown, or its file is not there.
+            CheckpointError: its file is damaged.
+        """
+        if model in self.problems:
+            raise CheckpointError(self.problems[model])
+        if model not in self.served:
+            raise InvalidRequest.of("model", f"got {model[:100]!r}, allowed is one of {sorted(self.served)}")
+        return self.served[model]
+
+    def load(self, model: str) -> FusionModel:
+        """The model of this variant on the device; the one before is freed first.
+
+        Raises:
+            CheckpointError: the file's values cannot be read.
+        """
+        if self._loaded and self._loaded[0] == model:
+            return self._loaded[1]
+        self._loaded = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        start = time.perf_counter()
+        network = self.served[model].file.load(self._device, self._dtype)
+        self._loaded = (model, network)
+        log.info("model loaded", model=model, seconds=round(time.perf_counter() - start, 3))
+        return network
+
+    def denoise(self, spec: RunSpec, inputs: RunInputs) -> Iterator[StepDone | Latents]:
+        """Run a checked spec: a StepDone after each step, the latents (on the CPU, float32) last.
+
+        Raises:
+            CheckpointError: the variant's values cannot be read.
+        """
+        served = self.served[spec.model]
+        network = self.load(spec.model)
+        video_shape = served.video_shape(spec.height, spec.width)
+        noise = draw_noise(video_shape.as_tuple(), served.audio_shape.as_tuple(), spec.options.seed)
+        predict, conditions = self._prepare(network, noise, spec, inputs)
+        noise = Latents(noise.video_CFHW.to(self._device), noise.audio_SC.to(self._device))
+        for event in denoise(predict, noise, conditions, spec.options):
+            if isinstance(event, StepDone):
+                log.debug("step", index=event.index, total=event.total, seconds=round(event.seconds, 4))
+                yield event
+            else:
+                yield Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())
+
+    @torch.inference_mode()
+    def _prepare(
+        self, network: FusionModel, noise: Latents, spec: RunSpec, inputs: RunInputs
+    ) -> tuple[Predictor, Conditions]:
+        _, frames, height, width = noise.video_CFHW.shape
+        tables = network.rope_tables((frames, height, width), len(noise.audio_SC))
+        rope = RopeTables(*(Rope(table.rotation.to(self._device)) for table in tables))
+        negative = None
+        if spec.options.needs_negative_pass:
+            assert inputs.video_negative_LC is not None and inputs.audio_negative_LC is not None, "check_run saw them"
+            negative = network.encode_text(
+                inputs.video_negative_LC.to(self._device), inputs.audio_negative_LC.to(self._device)
+            )
+        prompt_LC = inputs.prompt_LC.to(self._device)
+        first = inputs.first_frame_C1HW
+        conditions = Conditions(
+            prompt=network.encode_text(prompt_LC, prompt_LC),
+            negative=negative,
+            first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
+        )
+        return bind(network, rope, self.attention.call), conditions
