@@ -1,0 +1,1 @@
+"""Checkpoint folders: making synthetic ones, checking any."""

@@ -1,0 +1,17 @@
+"""What tests of several services share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny preset, all variants, written once a session. Tests must not change it."""
+    from cli.checkpoints.synth import SynthRequest, synthesize
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    synthesize(SynthRequest("tiny", folder), on_file=lambda name, size: None)
+    return folder
