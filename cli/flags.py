@@ -1,0 +1,35 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_DATA_DIR = Path("data")
+DEFAULT_SERVER = "127.0.0.1:50050"
+
+DataDir = Annotated[
+    Path,
+    typer.Option(envvar="OVI_DATA_DIR", help="Folder of the database, clips and logs; made if missing."),
+]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="OVI_CHECKPOINTS",
+        help="Folder in the released layout. Default: ./checkpoints if it holds weights, else the tiny preset.",
+        show_default=False,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="'tiny': a small random model, made in the data folder the first time.", show_default=False),
+]
+Device = Annotated[str, typer.Option(help="Of the fusion and VAE services: auto, cpu, cuda or cuda:N.")]
+TextEncoderDevice = Annotated[str, typer.Option(help="Of the text encoder: auto, cpu, cuda or cuda:N.")]
+Server = Annotated[str, typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a gateway's gRPC API.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")]
+GrpcPort = Annotated[int, typer.Option(help="Of the gateway; the stages take the next three. 0: any free ones.")]
+HttpPort = Annotated[int, typer.Option(help="Of the gateway's HTTP side. 0: any free one.")]
+Host = Annotated[str, typer.Option(help="Interface the gateway listens on; 0.0.0.0 lets everybody in, unasked.")]

@@ -1,0 +1,47 @@
+"""The `ovi` command."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from cli.checkpoints.commands import models_app
+from cli.doctor import doctor
+from cli.generate import generate
+from cli.jobs import jobs_app
+from cli.up import up
+
+app = typer.Typer(
+    name="ovi",
+    help="Make short videos with sound, served by one gRPC service per model stage.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(up)
+app.command()(generate)
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(models_app, name="models")
+app.command()(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ovi-serve {version('ovi-serve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make short videos with sound, served by one gRPC service per model stage."""
+
+
+if __name__ == "__main__":
+    app()

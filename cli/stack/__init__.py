@@ -1,0 +1,1 @@
+"""All four services on one machine: which to start, on which ports, and how they are kept alive."""

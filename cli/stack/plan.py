@@ -1,0 +1,114 @@
+"""What a stack consists of: commands, ports, environment, files. Pure, but for the ports it reserves."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cli.stack.ports import ReservedPort, connect_host, free_http_port, reserve_grpc_port
+
+STAGES = ("text_encoder", "fusion", "vae")
+GATEWAY = "gateway"
+
+_LOOPBACK = "127.0.0.1"
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "536870912"}
+"""Keeps glibc from mapping and unmapping memory for every large message, which makes protobuf 10 to 25 times slower."""
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """The flags of `ovi up`, resolved."""
+
+    data_dir: Path
+    """Folder of the database, clips, logs."""
+    checkpoints: Path
+    """Folder in the released layout."""
+    host: str = _LOOPBACK
+    """Interface of the gateway; the stages listen on the loopback alone."""
+    grpc_port: int = 50050
+    """Of the gateway; the stages take the next three. 0 picks free ones for all."""
+    http_port: int = 8000
+    """0 picks a free one."""
+    device: str = "auto"
+    """Of fusion and vae: auto, cpu, cuda, cuda:N."""
+    text_encoder_device: str = "auto"
+    grace_s: float = 10.0
+    """Seconds that calls under way have to end when the stack stops."""
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """One process of the stack."""
+
+    name: str
+    command: tuple[str, ...]
+    """Program (an absolute path) and arguments."""
+    address: str
+    """host:port at which its gRPC health service is reached."""
+    log_path: Path
+    grace_s: float
+    """Seconds between SIGTERM and SIGKILL."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Added to the supervisor's own."""
+
+
+@dataclass
+class StackPlan:
+    """Every process of a stack in the order in which they stop, and the ports kept for them."""
+
+    options: StackOptions
+    gateway: ServiceSpec
+    stages: tuple[ServiceSpec, ...]
+    grpc_address: str
+    """host:port of the gateway's gRPC API, as reached from this machine."""
+    http_url: str
+    ports: contextlib.ExitStack
+
+    def close(self) -> None:
+        """Give the reserved ports back."""
+        self.ports.close()
+
+
+def plan_stack(options: StackOptions) -> StackPlan:
+    """Choose and reserve ports and write out every command.
+
+    Raises:
+        UsageProblem: a port is taken; names it and the flag.
+    """
+    with contextlib.ExitStack() as reserved:
+
+        def reserve(host: str, offset: int) -> int:
+            port = options.grpc_port + offset if options.grpc_port else 0
+            flag = f"--grpc-port (+{offset} for a stage)" if offset else "--grpc-port"
+            kept: ReservedPort = reserve_grpc_port(host, port, flag=flag)
+            reserved.callback(kept.close)
+            return kept.number
+
+        grpc_port = reserve(options.host, 0)
+        stage_ports = {name: reserve(_LOOPBACK, offset) for offset, name in enumerate(STAGES, start=1)}
+        http_port = free_http_port(options.host, options.http_port, flag="--http-port")
+        reached = connect_host(options.host)
+        grpc_address = f"{reached}:{grpc_port}"
+        stages = tuple(_stage(options, name, port) for name, port in stage_ports.items())
+        arguments = ["--data-dir", str(options.data_dir), "--host", options.host]
+        arguments += ["--grpc-port", str(grpc_port), "--http-port", str(http_port), "--grace-s", str(options.grace_s)]
+        for stage in stages:
+            arguments += [f"--{stage.name.replace('_', '-')}", stage.address]
+        gateway = _service(options, GATEWAY, grpc_address, arguments)
+        return StackPlan(options, gateway, stages, grpc_address, f"http://{reached}:{http_port}", reserved.pop_all())
+
+
+def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
+    device = options.text_encoder_device if name == "text_encoder" else options.device
+    arguments = ["--checkpoints", str(options.checkpoints), "--host", _LOOPBACK, "--port", str(port)]
+    arguments += ["--device", device, "--grace-s", str(options.grace_s)]
+    return _service(options, name, f"{_LOOPBACK}:{port}", arguments)
+
+
+def _service(options: StackOptions, name: str, address: str, arguments: list[str]) -> ServiceSpec:
+    # -P: a folder called "services" where the user happens to be must not be run instead of ours.
+    command = (sys.executable, "-P", "-m", f"services.{name}", *arguments)
+    log_path = options.data_dir / "logs" / f"{name}.log"
+    return ServiceSpec(name, command, address, log_path, options.grace_s + 5, dict(_ALLOCATOR))

@@ -1,0 +1,83 @@
+"""`ovi up`: all four services on this machine until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from rich.console import Console
+
+from cli import flags
+from cli.errors import EXIT_FAILED, CommandFailed, errors_in_words
+from cli.interrupt import Interrupted, run_interruptible
+from cli.stack.checkpoints import choose_checkpoints
+from cli.stack.display import StackDisplay
+from cli.stack.plan import StackOptions
+from cli.stack.stack import Stack, locked_data_dir, running_stack
+from cli.stack.supervisor import ServiceFailed
+from shared.errors import EXIT_BAD_CONFIG
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+
+def up(
+    data_dir: flags.DataDir = flags.DEFAULT_DATA_DIR,
+    checkpoints: flags.Checkpoints = None,
+    preset: flags.Preset = None,
+    grpc_port: flags.GrpcPort = 50050,
+    http_port: flags.HttpPort = 8000,
+    host: flags.Host = "127.0.0.1",
+    device: flags.Device = "auto",
+    text_encoder_device: flags.TextEncoderDevice = "auto",
+) -> None:
+    """Start the text encoder, fusion, VAE and gateway services, and keep them running.
+
+    Exit status: 0 stopped by a signal; 2 a wrong flag; 3 a checkpoint that does not fit; 1 any other failure.
+    """
+    console = Console(highlight=False)
+    with errors_in_words():
+        data_dir = data_dir.resolve()
+        folder = prepare_checkpoints(checkpoints, preset, data_dir, console)
+        options = StackOptions(data_dir, folder, host, grpc_port, http_port, device, text_encoder_device)
+        if host not in _LOOPBACK:
+            console.print(f"--host {host}: whoever reaches this address can use the service.", style="yellow")
+        try:
+            run_interruptible(_serve(options, console))
+        except Interrupted:
+            console.print("All services have stopped.")
+        except ServiceFailed as error:
+            status = EXIT_BAD_CONFIG if error.exit_status == EXIT_BAD_CONFIG else EXIT_FAILED
+            raise CommandFailed(str(error), exit_status=status) from None
+
+
+def prepare_checkpoints(checkpoints: Path | None, preset: str | None, data_dir: Path, console: Console) -> Path:
+    """`choose_checkpoints` under the data folder's lock, so that two commands never make the same files at once.
+
+    Raises:
+        UsageProblem: see there.
+    """
+    with locked_data_dir(data_dir):
+        return choose_checkpoints(checkpoints, preset, data_dir, lambda text: console.print(text, style="yellow"))
+
+
+async def _serve(options: StackOptions, console: Console) -> None:
+    display = StackDisplay(console)
+    with display:
+        async with running_stack(options, display.notify) as stack:
+            display.settle()
+            _print_addresses(stack, console)
+            await asyncio.Event().wait()  # until a signal, or a failure of the stack, cancels it
+
+
+def _print_addresses(stack: Stack, console: Console) -> None:
+    address = stack.plan.grpc_address
+    rows = {
+        "gRPC": f"{address}  (with reflection)",
+        "HTTP": stack.plan.http_url,
+        "weights": str(stack.plan.options.checkpoints),
+        "logs": str(stack.plan.gateway.log_path.parent),
+        "try": f'ovi generate "a bell in the fog" --server {address}',
+    }
+    console.print("[bold green]Ready.[/] Ctrl-C stops everything.")
+    for name, value in rows.items():
+        console.print(f"  {name:<8} {value}", soft_wrap=True, markup=False)
