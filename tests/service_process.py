@@ -1,0 +1,78 @@
+"""Real service processes for tests: started on free ports, awaited by health, stopped at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+START_TIMEOUT_S = 90.0
+
+
+@dataclass
+class ServiceProcess:
+    """A running `python -m services.<name>` and its log lines so far."""
+
+    process: subprocess.Popen[str]
+    address: str = ""
+    log: list[dict[str, object]] = field(default_factory=list)
+
+    def channel(self) -> grpc.Channel:
+        """A channel to the control port."""
+        return grpc.insecure_channel(self.address)
+
+    def wait_serving(self) -> None:
+        """Return when health says SERVING; health streams its changes, so nothing is polled."""
+        with self.channel() as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest()
+            for answer in stub.Watch(request, timeout=START_TIMEOUT_S, wait_for_ready=True):
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+
+
+@contextlib.contextmanager
+def running_service(name: str, *flags: str, serving: bool = True) -> Iterator[ServiceProcess]:
+    """Start a service on a free loopback port; yields it when it listens (and serves, unless told not to)."""
+    command = [sys.executable, "-m", f"services.{name}", "--port", "0", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=root)
+    service = ServiceProcess(process)
+    listening = threading.Event()
+
+    def read_log() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            entry = json.loads(line) if line.startswith("{") else {"event": line.rstrip()}
+            service.log.append(entry)
+            if entry["event"] == "listening":
+                service.address = entry["address"]
+                listening.set()
+        listening.set()
+
+    reader = threading.Thread(target=read_log, daemon=True)
+    reader.start()
+    try:
+        assert listening.wait(START_TIMEOUT_S), "the service did not begin to listen"
+        if serving:
+            assert service.address, f"the service ended: {service.log[-5:]}"
+            service.wait_serving()
+        yield service
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        reader.join(10)

@@ -1,0 +1,164 @@
+"""Store, server and resolver over a real connection, with honest and lying producers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import torch
+
+from ovi.common.v1 import tensor_pb2 as pb
+from ovi.common.v1 import tensor_pb2_grpc as pb_grpc
+from shared.errors import CorruptTensor, InvalidRequest, ReferenceLost, ResourceExhausted
+from shared.tensors.framing import chunks_of, safetensors_header, spec_of, spec_to_proto
+from shared.tensors.service import TensorServer
+from shared.tensors.store import TensorStore
+from shared.tensors.transport import TensorResolver
+
+LIMIT = 64 << 20
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def server(clock) -> Iterator[TensorServer]:
+    store = TensorStore(lease_s=60, max_bytes=8 << 20, clock=clock)
+    server = TensorServer(store, host="127.0.0.1", port=0, advertise_host="127.0.0.1")
+    yield server
+    server.stop(0)
+
+
+@pytest.fixture
+def resolver() -> Iterator[TensorResolver]:
+    resolver = TensorResolver.over_grpc()
+    yield resolver
+    resolver.close()
+
+
+def test_fetch_release_and_describe(server, resolver) -> None:
+    tensor = torch.randn(300, 1001).bfloat16()
+    ref = server.publish(server.store.put(tensor))
+    assert torch.equal(resolver.fetch(ref, field="x", max_bytes=LIMIT), tensor)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = pb_grpc.TensorServiceStub(channel)
+        described = stub.Describe(pb.DescribeRequest(tensor_id=ref.tensor_id))
+        assert described.spec == ref.spec and described.lease_expire_time == ref.lease_expire_time
+        assert stub.Release(pb.ReleaseRequest(tensor_id=ref.tensor_id)).was_held
+        assert not stub.Release(pb.ReleaseRequest(tensor_id=ref.tensor_id)).was_held
+    assert len(server.store) == 0
+    with pytest.raises(ReferenceLost, match=ref.tensor_id):
+        resolver.fetch(ref, field="x", max_bytes=LIMIT)
+
+
+def test_lease_ends_by_time(server, resolver, clock) -> None:
+    ref = server.publish(server.store.put(torch.zeros(4)))
+    clock.now += 59
+    resolver.fetch(ref, field="x", max_bytes=LIMIT)
+    clock.now += 2
+    with pytest.raises(ReferenceLost):
+        resolver.fetch(ref, field="x", max_bytes=LIMIT)
+
+
+def test_store_is_bounded(server) -> None:
+    server.store.put(torch.zeros(5 << 20, dtype=torch.uint8))
+    with pytest.raises(ResourceExhausted, match="do not fit"):
+        server.store.put(torch.zeros(5 << 20, dtype=torch.uint8))
+
+
+def test_dead_producer_is_a_lost_reference(server, resolver) -> None:
+    ref = server.publish(server.store.put(torch.zeros(4)))
+    server.stop(0)
+    with pytest.raises(ReferenceLost, match="cannot be reached"):
+        resolver.fetch(ref, field="x", max_bytes=LIMIT)
+    resolver.release(ref)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"address": "192.0.2.1:50000"}, "x.address"),
+        ({"address": "127.0.0.1:99999"}, "x.address"),
+        ({"address": "unix:///etc/passwd"}, "x.address"),
+        ({"tensor_id": "../../x"}, "x.tensor_id"),
+        ({"tensor_id": ""}, "x.tensor_id"),
+        ({"transports": [pb.TRANSPORT_CUDA_IPC]}, "x.transports"),
+    ],
+)
+def test_references_are_checked_before_any_connection(server, resolver, change, field) -> None:
+    ref = server.publish(server.store.put(torch.zeros(4)))
+    for name, value in change.items():
+        if name == "transports":
+            del ref.transports[:]
+            ref.transports.extend(value)
+        else:
+            setattr(ref, name, value)
+    with pytest.raises(InvalidRequest) as caught:
+        resolver.fetch(ref, field="x", max_bytes=LIMIT)
+    assert [v.field for v in caught.value.violations] == [field]
+
+
+class ScriptedProducer(pb_grpc.TensorServiceServicer):
+    """A peer that answers Fetch with given messages."""
+
+    def __init__(self, messages: list[pb.FetchResponse]) -> None:
+        self._messages = messages
+
+    def Fetch(self, request, context):
+        yield from self._messages
+
+
+@contextlib.contextmanager
+def scripted(messages: list[pb.FetchResponse]) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(1))
+    pb_grpc.add_TensorServiceServicer_to_server(ScriptedProducer(messages), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait()
+
+
+def test_lying_producers_are_refused(resolver) -> None:
+    tensor = torch.randn(1000)
+    spec = spec_of(tensor)
+    (data,) = chunks_of(tensor)
+    header = pb.FetchResponse(
+        header=pb.TensorHeader(spec=spec_to_proto(spec), safetensors_header=safetensors_header(spec))
+    )
+    other = spec_of(torch.randn(2000))
+    wrong = pb.FetchResponse(
+        header=pb.TensorHeader(spec=spec_to_proto(other), safetensors_header=safetensors_header(other))
+    )
+    chunk = pb.FetchResponse(chunk=data)
+    for messages, match in [
+        ([], "does not begin with a header"),
+        ([chunk], "does not begin with a header"),
+        ([wrong, chunk], "announced as"),
+        ([header], "ended after 0"),
+        ([header, chunk, chunk], "oversized"),
+        ([header, header, chunk], "second header"),
+        ([header, pb.FetchResponse(chunk=bytes(4000))], "checksum"),
+    ]:
+        with scripted(messages) as address:
+            ref = pb.TensorRef(
+                address=address,
+                tensor_id="t",
+                spec=spec_to_proto(spec),
+                transports=[pb.TRANSPORT_GRPC_STREAM],
+            )
+            with pytest.raises(CorruptTensor, match=match):
+                resolver.fetch(ref, field="x", max_bytes=LIMIT)
