@@ -110,37 +110,26 @@ def build_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
 
 
 def load_encoder(
-    path: Path, tensors: Mapping[str, torch.Tensor], *, device: torch.device, precision: torch.dtype
+    path: Path, *, device: torch.device, precision: torch.dtype
 ) -> tuple[UMT5EncoderModel, TextEncoderConfig]:
-    """The network with these weights.
+    """The network of a released or synthetic .pth file.
 
     All weights, feed-forward outputs included, take `precision`: the release runs wholly in bfloat16, and bfloat16 has
     float32's range, so transformers' habit of keeping `wo` in float32 (made for float16) is not followed. Layer norms
-    and softmax keep float32 statistics. Where neither dtype nor device changes, tensors stay where they are (a memory
-    map is not copied); else they move one at a time.
+    and softmax keep float32 statistics. Where neither dtype nor device changes, tensors stay in the file's memory map;
+    else they move one at a time.
 
     Args:
-        path: where the tensors are from, for messages.
-        tensors: under the released names.
+        path: of the file.
         device: where the network shall be.
         precision: float32 or bfloat16.
 
     Raises:
-        CheckpointError: keys or shapes do not fit.
+        CheckpointError: missing, damaged, holding more than tensors, or of another layout; names the file.
     """
+    tensors = read_pth(path)
     config = infer_config(path, layout_of(tensors))
     moved = {key: tensor.to(device=device, dtype=precision) for key, tensor in tensors.items()}
     model = build_encoder(config)
     assign_weights(model, to_transformers_keys(moved))
     return model, config
-
-
-def read_encoder(
-    path: Path, *, device: torch.device, precision: torch.dtype
-) -> tuple[UMT5EncoderModel, TextEncoderConfig]:
-    """The network of a released or synthetic file; see `load_encoder`.
-
-    Raises:
-        CheckpointError: missing, damaged, holding more than tensors, or of another layout.
-    """
-    return load_encoder(path, read_pth(path), device=device, precision=precision)

@@ -1,8 +1,10 @@
-"""Widths of the umT5 encoder."""
+"""Widths of the umT5 encoder, and the options of its service."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from shared.service_main import StageOptions
 
 MAX_TOKENS = 512
 """Most tokens of a prompt, the end mark included; the fusion model pads every prompt to this length."""
@@ -36,3 +38,12 @@ RELEASED = TextEncoderConfig(
     vocab_size=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24, num_buckets=32
 )
 """umT5-XXL."""
+
+
+@dataclass(frozen=True)
+class TextEncoderOptions:
+    """Flags of the text encoder service, resolved."""
+
+    stage: StageOptions
+    cache_bytes: int
+    """Most bytes of embeddings kept for repeated prompts; 0 keeps none."""

@@ -65,6 +65,8 @@ class _Tagged:
                 has_tags = True
                 if inside:
                     pieces.append("")
+                else:
+                    pieces[-1] += " "  # what stood around a stray tag must not become one
             else:
                 pieces[-1] += part
         if len(pieces) % 2 == 0:

@@ -1,0 +1,53 @@
+"""`python -m services.text_encoder --checkpoints DIR`: the text encoder service."""
+
+from __future__ import annotations
+
+from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
+from services.text_encoder.config import TextEncoderOptions
+from services.text_encoder.servicer import TextEncoderServicer
+from shared.device_worker import DeviceWorker
+from shared.grpc_server import GrpcService, serve
+from shared.service_main import run_service, stage_options, stage_parser
+from shared.tensors.service import TensorServer
+from shared.tensors.store import TensorStore
+
+DEFAULT_PORT = 50051
+
+
+async def run(options: TextEncoderOptions) -> None:
+    """Load the encoder, serve until a signal."""
+    stage = options.stage
+    worker = DeviceWorker("text encoder", max_pending=stage.max_pending)
+    store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
+    tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
+    servicer = TextEncoderServicer(options, worker, tensors)
+    service = GrpcService(
+        text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"].full_name,
+        lambda server: text_encoder_pb2_grpc.add_TextEncoderServiceServicer_to_server(servicer, server),
+    )
+
+    async def close() -> None:
+        worker.close()
+        tensors.stop(stage.listen.grace_s)
+
+    await serve(stage.listen, [service], load=servicer.load, close=close)
+
+
+def main() -> None:
+    """Parse flags and run."""
+    parser = stage_parser("text_encoder", DEFAULT_PORT)
+    parser.add_argument(
+        "--cache-mib",
+        type=float,
+        default=512.0,
+        help="most MiB of embeddings kept; 0 keeps none (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    if not 0 <= args.cache_mib < 2**40:
+        parser.error(f"--cache-mib {args.cache_mib:g}: must be 0 (no cache) or more")
+    options = TextEncoderOptions(stage=stage_options(args), cache_bytes=int(args.cache_mib * 2**20))
+    run_service("text_encoder", args.log_level, options, run(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Prompts to rows: cleaning, tokenizing, the network, the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import UMT5EncoderModel
+
+from services.text_encoder.cache import Embedding, EmbeddingCache
+from services.text_encoder.checkpoint import load_encoder
+from services.text_encoder.config import TextEncoderConfig
+from services.text_encoder.prompt import clean_prompt, format_prompt
+from services.text_encoder.tokenizer import PromptTokenizer
+from shared.checkpoints import file_fingerprint
+from shared.errors import CheckpointError
+from shared.tensors.framing import spec_of
+from shared.variants import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, PromptFormat
+
+
+class TextEncoder:
+    """The umT5 encoder on a device: token ids to rows."""
+
+    def __init__(self, model: UMT5EncoderModel, config: TextEncoderConfig, device: torch.device) -> None:
+        """
+        Args:
+            model: with its weights in place on `device`.
+            config: its widths.
+            device: where it runs.
+        """
+        self.config = config
+        self._model = model
+        self._device = device
+
+    @torch.inference_mode()
+    def encode(self, ids: Sequence[int]) -> torch.Tensor:
+        """Ids (L,) of one prompt without padding -> rows (L, dim) on the CPU, in the precision of the weights.
+
+        Prompts go through alone: the rows of a prompt then do not depend, to the bit, on what it is asked with, and no
+        padding is computed. Padding would change nothing but rounding: umT5's positions are relative, and padding is
+        masked.
+        """
+        ids_1L = torch.tensor([list(ids)], dtype=torch.int64, device=self._device)
+        rows: torch.Tensor = self._model(input_ids=ids_1L).last_hidden_state[0]
+        return rows.to("cpu").contiguous()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The answer for one prompt of a request."""
+
+    text: str
+    """What was encoded, after cleaning and conversion."""
+    embedding: Embedding
+    cached: bool
+
+
+class TextEngine:
+    """A loaded encoder with its tokenizer and cache. `encode` belongs on the device's thread, the rest anywhere."""
+
+    def __init__(
+        self, encoder: TextEncoder, tokenizer: PromptTokenizer, cache: EmbeddingCache, *, fingerprint: str
+    ) -> None:
+        """
+        Args:
+            encoder: the network.
+            tokenizer: the one beside it.
+            cache: may outlive this engine; its keys hold the fingerprint.
+            fingerprint: of weights and tokenizer.
+        """
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self.fingerprint = fingerprint
+        self.num_encoded = 0
+        """Prompts that went through the network."""
+
+    @classmethod
+    def read(cls, folder: Path, *, device: torch.device, precision: torch.dtype, cache_bytes: int) -> TextEngine:
+        """Load weights and tokenizer of a checkpoint folder.
+
+        Raises:
+            CheckpointError: one is missing, damaged, or they do not fit together; names the file.
+        """
+        path, tokenizer_folder = folder / TEXT_ENCODER_FILE, folder / TOKENIZER_FOLDER
+        tokenizer = PromptTokenizer.read(tokenizer_folder)
+        model, config = load_encoder(path, device=device, precision=precision)
+        if tokenizer.max_id >= config.vocab_size:
+            raise CheckpointError(
+                f"{tokenizer_folder}: gives ids up to {tokenizer.max_id}, {path} knows {config.vocab_size} tokens;"
+                " take tokenizer and weights from the same release"
+            )
+        fingerprint = f"{file_fingerprint(path)}-{tokenizer.sha256[:16]}"
+        encoder = TextEncoder(model, config, device)
+        return cls(encoder, tokenizer, EmbeddingCache(max_bytes=cache_bytes), fingerprint=fingerprint)
+
+    @property
+    def config(self) -> TextEncoderConfig:
+        """Widths of the network."""
+        return self._encoder.config
+
+    @staticmethod
+    def prepare(prompts: Sequence[str], prompt_format: PromptFormat) -> list[str]:
+        """The texts to encode: cleaned, then with their sound in the wanted form."""
+        return [format_prompt(clean_prompt(prompt), prompt_format) for prompt in prompts]
+
+    def cached(self, texts: Sequence[str], num_pinned: int) -> list[Encoded | None]:
+        """What the cache has of prepared texts, in order; None for the rest. The last `num_pinned` are pinned."""
+        return [self._lookup(text, pin) for text, pin in _with_pins(texts, num_pinned)]
+
+    def encode(self, texts: Sequence[str], num_pinned: int) -> Iterator[Encoded]:
+        """Every prepared text in order, from the cache or through the network."""
+        for text, pin in _with_pins(texts, num_pinned):
+            yield self._lookup(text, pin) or self._encode(text, pin)
+
+    def _lookup(self, text: str, pin: bool) -> Encoded | None:
+        embedding = self._cache.get(self.fingerprint, text, pin=pin)
+        return None if embedding is None else Encoded(text, embedding, cached=True)
+
+    def _encode(self, text: str, pin: bool) -> Encoded:
+        tokens = self._tokenizer(text)
+        rows_LC = self._encoder.encode(tokens.ids)
+        embedding = Embedding(rows_LC, spec_of(rows_LC), tokens.truncated)
+        self.num_encoded += 1
+        self._cache.put(self.fingerprint, text, embedding, pin=pin)
+        return Encoded(text, embedding, cached=False)
+
+
+def _with_pins(texts: Sequence[str], num_pinned: int) -> list[tuple[str, bool]]:
+    first_pinned = len(texts) - num_pinned
+    return [(text, index >= first_pinned) for index, text in enumerate(texts)]
