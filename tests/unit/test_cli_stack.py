@@ -102,7 +102,7 @@ def test_one_stack_a_data_folder(tmp_path: Path) -> None:
 
 def test_an_unusable_data_folder_names_its_flag(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UsageProblem, match="--data-dir: .* cannot be written"):
+    with pytest.raises(UsageProblem, match=r"--data-dir: .* cannot be written"):
         locked_data_dir(tmp_path / "file" / "data").__enter__()
 
 

@@ -28,7 +28,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 port, mode = sys.argv[1], sys.argv[2]
 if mode == "misfit":
-    print(json.dumps({"level": "error", "event": "cannot start", "reason": "weights.pth: does not fit"}), file=sys.stderr)
+    entry = {"level": "error", "event": "cannot start", "reason": "weights.pth: does not fit"}
+    print(json.dumps(entry), file=sys.stderr)
     sys.exit(3)
 if mode == "typo":
     sys.exit("--device 'gpu' is unknown")
@@ -52,7 +53,8 @@ from cli.stack.plan import ServiceSpec
 from cli.stack.supervisor import SupervisedService
 
 async def main():
-    spec = ServiceSpec("stage", (sys.executable, *sys.argv[2:4], "good"), f"127.0.0.1:{sys.argv[3]}", Path(sys.argv[1]), 5.0)
+    log, script, port = sys.argv[1:]
+    spec = ServiceSpec("stage", (sys.executable, script, port, "good"), f"127.0.0.1:{port}", Path(log), 5.0)
     service = SupervisedService(spec, lambda change: None)
     running = asyncio.create_task(service.run())
     await service.serving.wait()
@@ -145,10 +147,10 @@ def test_a_service_that_ignores_sigterm_is_killed_with_its_helpers(child: Callab
 
     pid = asyncio.run(asyncio.wait_for(scenario(), 60))
     helper = next(entry["helper"] for entry in map(json.loads, stubborn.log_path.read_text().splitlines()))
-    gone, alive = psutil.wait_procs(
-        [psutil.Process(p) for p in (pid, helper) if p and psutil.pid_exists(p)], timeout=10
-    )
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE], gone
+    left = [psutil.Process(number) for number in (pid, helper) if number and psutil.pid_exists(number)]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    # The helper became a child of init; where init does not reap, a zombie is as dead as can be seen.
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
 def test_stopping_while_the_service_is_being_started_leaves_nothing(child: Callable[..., Child]) -> None:
@@ -178,7 +180,6 @@ def test_services_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
     supervisor.kill()
     supervisor.wait()
     supervisor.stdout.close()
-    # It became a child of init; where init does not reap, a zombie is as dead as can be seen.
     _, alive = psutil.wait_procs([service], timeout=10)
     assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
