@@ -1,0 +1,24 @@
+"""Options of the VAE service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.service_main import StageOptions
+from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
+
+WEIGHT_FILES = (VIDEO_VAE_FILE, AUDIO_VAE_FILE, VOCODER_FILE)
+"""What the service loads, below the checkpoint folder."""
+
+
+@dataclass(frozen=True)
+class VaeOptions:
+    """Flags of the VAE service, resolved."""
+
+    stage: StageOptions
+    chunk_latent_frames: int
+    """Latent frames whose pictures are copied to the host, encoded and reported together.
+
+    It changes neither the frames nor the speed of the network, which steps one latent frame at a time; more means
+    fewer hand-overs, but more memory and a later stop on cancel.
+    """

@@ -1,0 +1,188 @@
+"""The VAE stage's work: pictures to latents, latents to frames, sound and clips. Knows no gRPC.
+
+Everything here that touches the networks runs on the device thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
+from services.vae.config import WEIGHT_FILES, VaeOptions
+from services.vae.model.audio_vae import AudioVae
+from services.vae.model.video_vae import VideoVae
+from services.vae.model.vocoder import Vocoder
+from services.vae.mp4 import ClipWriter, num_clip_samples
+from shared.checkpoints import file_fingerprint
+from shared.errors import ResourceExhausted
+from shared.shapes import VideoLatentShape
+from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
+
+
+@dataclass(frozen=True)
+class ClipProgress:
+    """So many frames are in the file."""
+
+    frames_done: int
+    frames_total: int
+
+
+@dataclass(frozen=True)
+class ClipWritten:
+    """The file is complete."""
+
+    num_frames: int
+    height: int
+    width: int
+    num_samples: int
+
+
+class VaeEngine:
+    """The three networks on one device."""
+
+    def __init__(
+        self, video_vae: VideoVae, audio_vae: AudioVae, vocoder: Vocoder, *, chunk_latent_frames: int, fingerprint: str
+    ) -> None:
+        """
+        Args:
+            video_vae: on the device, in the precision of its arithmetic.
+            audio_vae: on the device, float32.
+            vocoder: on the device, float32.
+            chunk_latent_frames: latent frames whose pictures are handed over together; see VaeOptions.
+            fingerprint: of the weight files.
+        """
+        self._video_vae = video_vae
+        self._audio_vae = audio_vae
+        self._vocoder = vocoder
+        self._device = next(vocoder.parameters()).device
+        self._chunk_latent_frames = chunk_latent_frames
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def load(cls, options: VaeOptions) -> VaeEngine:
+        """Read the three weight files onto the device.
+
+        Raises:
+            CheckpointError: one is missing, damaged or does not fit; names the file.
+        """
+        stage = options.stage
+        # cuDNN would otherwise run float32 convolutions in TF32, which is audible in the vocoder's quiet passages.
+        torch.backends.cudnn.allow_tf32 = False
+        digest = hashlib.sha256("".join(file_fingerprint(stage.checkpoints / file) for file in WEIGHT_FILES).encode())
+        return cls(
+            load_video_vae(stage.checkpoints / VIDEO_VAE_FILE, stage.device, stage.precision),
+            load_audio_vae(stage.checkpoints / AUDIO_VAE_FILE, stage.device),
+            load_vocoder(stage.checkpoints / VOCODER_FILE, stage.device),
+            chunk_latent_frames=options.chunk_latent_frames,
+            fingerprint=digest.hexdigest()[:16],
+        )
+
+    def encode_image(self, frame_HWC: NDArray[np.uint8]) -> torch.Tensor:
+        """The normalised latent (48, 1, H/16, W/16), float32 on the CPU, of one RGB frame; see `cover_frame`."""
+        pixels_HWC = torch.from_numpy(frame_HWC).to(self._device)
+        pixels_BCFHW = pixels_HWC.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
+        return self._video_vae.encode(pixels_BCFHW)[0].cpu()
+
+    def decode_video(self, latent_CFHW: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
+        """RGB frames (f, 16H, 16W, 3) of a normalised latent, chunk by chunk, on the host."""
+        latent_BCFHW = latent_CFHW[None].to(self._device)
+        for pixels_BCFHW in self._video_vae.decode_chunks(latent_BCFHW, chunk_latent_frames=self._chunk_latent_frames):
+            levels_CFHW = pixels_BCFHW[0].float().add(1.0).mul(127.5).round().to(torch.uint8)
+            # Bytes on the device first: a quarter of the copy to the host, and its only synchronisation.
+            yield levels_CFHW.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+    def decode_audio(self, latent_SC: torch.Tensor) -> NDArray[np.float32]:
+        """Mono samples in [-1, 1] at 16 kHz, 512 for each row of a latent (S, 20)."""
+        latent_BCL = latent_SC.to(self._device, torch.float32).T[None]
+        samples: NDArray[np.float32] = self._vocoder(self._audio_vae.decode(latent_BCL))[0].cpu().numpy()
+        return samples
+
+    def spool_video(self, latent_CFHW: torch.Tensor, file: BinaryIO) -> Iterator[int]:
+        """Append raw frames to `file`; yields the bytes readable so far after each chunk.
+
+        A file stands between the device and the client, so that a slow client holds up neither device nor memory.
+
+        Raises:
+            ResourceExhausted: the disk is full.
+        """
+        size = 0
+        for frames_FHWC in self.decode_video(latent_CFHW):
+            with _disk_full_is_exhaustion():
+                size += file.write(frames_FHWC.data)
+                file.flush()
+            yield size
+
+    def decode_clip(
+        self, video_CFHW: torch.Tensor, audio_SC: torch.Tensor, provenance: Mapping[str, str], path: Path
+    ) -> Iterator[ClipProgress | ClipWritten]:
+        """Write the clip of both latents to `path`; progress after each chunk, then ClipWritten.
+
+        While a chunk is encoded on a thread of its own, the device works at the next. Sound is cut or padded with
+        silence to the length of the video.
+
+        Raises:
+            ResourceExhausted: the disk is full.
+        """
+        shape = VideoLatentShape(*video_CFHW.shape[1:])
+        samples = fit_length(self.decode_audio(audio_SC), num_clip_samples(shape.num_frames))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_disk_full_is_exhaustion())
+            writer = stack.enter_context(
+                ClipWriter(path, height=shape.pixel_height, width=shape.pixel_width, provenance=provenance)
+            )
+            encoder = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="mp4"))
+            encoding: Future[None] | None = None
+            for frames_FHWC in self.decode_video(video_CFHW):
+                if encoding is not None:
+                    encoding.result()
+                    yield ClipProgress(writer.num_frames, shape.num_frames)
+                encoding = encoder.submit(_add_chunk, writer, frames_FHWC, samples)
+            if encoding is not None:
+                encoding.result()
+        yield ClipProgress(writer.num_frames, shape.num_frames)
+        yield ClipWritten(writer.num_frames, shape.pixel_height, shape.pixel_width, writer.num_samples)
+
+
+def _add_chunk(writer: ClipWriter, frames_FHWC: NDArray[np.uint8], samples: NDArray[np.float32]) -> None:
+    """Encode frames, then the sound that belongs to them, so that the muxer has little to hold back."""
+    writer.add_frames(frames_FHWC)
+    writer.add_samples(samples[writer.num_samples : num_clip_samples(writer.num_frames)])
+
+
+def fit_length(samples_S: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """The first `length` samples, followed by silence if there are fewer."""
+    return np.pad(samples_S[:length], (0, max(0, length - len(samples_S))))
+
+
+def cover_frame(picture: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """An RGB frame (height, width, 3): the picture scaled (bicubic) to cover the frame and cropped about its centre.
+
+    Only what stays in the frame is scaled, so that an extreme aspect ratio cannot ask for a huge intermediate picture.
+    """
+    scale = max(width / picture.width, height / picture.height)
+    crop_width, crop_height = min(width / scale, picture.width), min(height / scale, picture.height)
+    left, top = (picture.width - crop_width) / 2, (picture.height - crop_height) / 2
+    box = (left, top, left + crop_width, top + crop_height)
+    return np.array(picture.resize((width, height), Image.Resampling.BICUBIC, box=box), dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def _disk_full_is_exhaustion() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ResourceExhausted("the disk for temporary files is full; free some or set TMPDIR") from None
