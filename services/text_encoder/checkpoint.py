@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-from services.text_encoder.config import RELEASED, TextEncoderConfig
+from services.text_encoder.config import TextEncoderConfig
 from shared.checkpoints import Layout, assign_weights, layout_of, read_pth, require_layout
 from shared.errors import CheckpointError
 
@@ -60,15 +60,23 @@ def infer_config(path: Path, found: Layout) -> TextEncoderConfig:
     Raises:
         CheckpointError: keys or shapes are not those of a umT5 encoder; names the file and the differences.
     """
+
+    def matrix(key: str) -> tuple[int, int]:
+        if key not in found:
+            raise CheckpointError(f"{path}: does not fit the model: {key} is missing; is this a umT5 encoder?")
+        shape = found[key][1]
+        if len(shape) != 2 or min(shape) < 1:
+            raise CheckpointError(f"{path}: does not fit the model: {key} has shape {list(shape)}, must be a matrix")
+        return shape[0], shape[1]
+
     blocks = [int(match[1]) for key in found if (match := re.match(r"blocks\.(\d{1,4})\.", key))]
+    vocab_size, dim = matrix("token_embedding.weight")
+    num_buckets, num_heads = matrix("blocks.0.pos_embedding.embedding.weight")
+    dim_attn, _ = matrix("blocks.0.attn.q.weight")
+    dim_ffn, _ = matrix("blocks.0.ffn.fc1.weight")
     try:
-        vocab_size, dim = found["token_embedding.weight"][1]
-        dim_attn, _ = found["blocks.0.attn.q.weight"][1]
-        dim_ffn, _ = found["blocks.0.ffn.fc1.weight"][1]
-        num_buckets, num_heads = found["blocks.0.pos_embedding.embedding.weight"][1]
         config = TextEncoderConfig(vocab_size, dim, dim_attn, dim_ffn, num_heads, max(blocks) + 1, num_buckets)
-    except (KeyError, ValueError) as error:
-        require_layout(path, found, layout(RELEASED))
+    except ValueError as error:
         raise CheckpointError(f"{path}: its widths contradict each other ({error})") from None
     require_layout(path, found, layout(config))
     return config

@@ -41,7 +41,7 @@ def format_prompt(text: str, prompt_format: PromptFormat) -> str:
     tagged = _Tagged.parse(text)
     if prompt_format is PromptFormat.AUDIO_LINE:
         return tagged.as_line() if tagged.has_tags else text
-    return tagged.as_tags() if tagged.has_tags else _line_to_tags(text)
+    return tagged.as_tags() if len(tagged.pieces) > 1 else _line_to_tags(tagged.pieces[0])
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,14 @@ class _Tagged:
         has_tags = False
         for part in _PARTS.split(text):
             inside = len(pieces) % 2 == 0
-            if part.upper() == _OPEN:
-                has_tags = True
-                if not inside:
-                    pieces.append("")
-            elif part.upper() == _CLOSE:
-                has_tags = True
-                if inside:
-                    pieces.append("")
-                else:
-                    pieces[-1] += " "  # what stood around a stray tag must not become one
-            else:
+            if part.upper() not in (_OPEN, _CLOSE):
                 pieces[-1] += part
+                continue
+            has_tags = True
+            if inside == (part.upper() == _CLOSE):
+                pieces.append("")
+            else:
+                pieces[-1] += " "  # what stood around a stray tag must not become one
         if len(pieces) % 2 == 0:
             pieces.append("")
         return cls(tuple(pieces), has_tags)
@@ -101,8 +97,9 @@ def _line_mark(text: str) -> re.Match[str] | None:
 
 
 def _line_to_tags(text: str) -> str:
-    mark = _line_mark(text)
-    if mark is None:
-        return text
-    plain, sound = text[: mark.start()].strip(), text[mark.end() :].strip()
-    return f"{plain} {_OPEN}{sound}{_CLOSE}".strip() if sound else plain
+    while mark := _line_mark(text):
+        plain, sound = text[: mark.start()].strip(), text[mark.end() :].strip()
+        if sound:
+            return f"{plain} {_OPEN}{sound}{_CLOSE}".strip()
+        text = plain  # a mark without words goes, and the one before it is the last
+    return text
