@@ -14,6 +14,7 @@ from services.fusion.model.fusion import FusionModel, RopeTables
 from services.fusion.model.layers import Rope
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import Conditions, Latents, Predictor, StepDone, bind, denoise, draw_noise
+from shared.device_memory import peak_gib, reset_peak
 from shared.errors import CheckpointError, InvalidRequest
 from shared.logging import get_logger
 from shared.variants import VARIANTS
@@ -108,6 +109,8 @@ class FusionEngine:
         """
         served = self.served[spec.model]
         network = self.load(spec.model)
+        start = time.perf_counter()
+        reset_peak(self._device)
         video_shape = served.video_shape(spec.height, spec.width)
         noise = draw_noise(video_shape.as_tuple(), served.audio_shape.as_tuple(), spec.options.seed)
         predict, conditions = self._prepare(network, noise, spec, inputs)
@@ -117,7 +120,10 @@ class FusionEngine:
                 log.debug("step", index=event.index, total=event.total, seconds=round(event.seconds, 4))
                 yield event
             else:
-                yield Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())
+                latents = Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())
+                seconds = round(time.perf_counter() - start, 3)
+                log.info("denoised", model=spec.model, seconds=seconds, peak_device_gib=peak_gib(self._device))
+                yield latents
 
     @torch.inference_mode()
     def _prepare(
