@@ -17,7 +17,7 @@ _ENVIRONMENT = {
     # glibc would map and unmap memory for every large message, which makes protobuf 10 to 25 times slower.
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "536870912",
-    # Threads that spin while they wait take the cores from the other services: a CPU step becomes up to 20 times slower.
+    # Threads that spin while they wait take the cores from the other services, up to 20 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
