@@ -41,6 +41,8 @@ async def run(options: FusionOptions) -> None:
     async def close() -> None:
         worker.close()
         resolver.close()
+        # A run that ended while draining is lost, and made again, if nobody can fetch its latents any more.
+        await asyncio.to_thread(store.wait_empty, stage.listen.grace_s)
         tensors.stop(stage.listen.grace_s)
 
     await serve(stage.listen, [service], load=load, close=close)

@@ -38,7 +38,7 @@ class TensorStore:
         self._max_bytes = max_bytes
         self._clock = clock
         self._leases: dict[str, Lease] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
 
     def put(self, tensor: torch.Tensor, *, spec: TensorSpec | None = None) -> Lease:
         """Hold a tensor; copies it to the CPU if it is elsewhere. `spec` saves the checksum if it is known already.
@@ -79,7 +79,14 @@ class TensorStore:
         """End a lease; True if it was still held."""
         with self._lock:
             self._drop_expired()
-            return self._leases.pop(tensor_id, None) is not None
+            was_held = self._leases.pop(tensor_id, None) is not None
+            self._lock.notify_all()
+        return was_held
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Wait until every lease is released; False if some are still held after `timeout_s`."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._leases, timeout_s)
 
     def __len__(self) -> int:
         with self._lock:

@@ -311,15 +311,20 @@ def test_reflection_v1_and_v1alpha_and_health(service) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_sigterm_drains_a_run_under_way(checkpoints, request_) -> None:
+def test_sigterm_drains_a_run_under_way(checkpoints, request_, resolver) -> None:
     with running_service("fusion", "--checkpoints", str(checkpoints)) as service, service.channel() as channel:
         request_.options.num_inference_steps = 20
         call = pb_grpc.FusionServiceStub(channel).Denoise(request_, timeout=TIMEOUT_S)
         next(call)
         service.process.send_signal(signal.SIGTERM)
-        assert len(list(call)) == 20, "19 more steps and the result"
+        *steps, last = call
+        assert len(steps) == 19
+        for ref in (last.result.video_latent, last.result.audio_latent):  # still served, though the process is ending
+            assert torch.isfinite(resolver.fetch(ref, field="latent", max_bytes=1 << 28)).all()
+            resolver.release(ref)
         assert service.process.wait(TIMEOUT_S) == 0
-    assert [entry["event"] for entry in service.log[-2:]] == ["draining", "stopped"]
+    events = [entry["event"] for entry in service.log]
+    assert events.index("draining") < events.index("denoised") < events.index("stopped")
 
 
 def test_nothing_to_serve_ends_the_process_with_a_reason(tmp_path) -> None:
