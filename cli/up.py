@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import grpc
+import grpc.aio
 from rich.console import Console
 
 from cli import flags
@@ -15,8 +17,11 @@ from cli.stack.display import StackDisplay
 from cli.stack.plan import StackOptions
 from cli.stack.stack import Stack, locked_data_dir, running_stack
 from cli.stack.supervisor import ServiceFailed
+from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from shared.errors import EXIT_BAD_CONFIG
+from shared.grpc_client import error_of
 
+_DESCRIBE_TIMEOUT_S = 30.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -65,15 +70,28 @@ async def _serve(options: StackOptions, console: Console) -> None:
     with display:
         async with running_stack(options, display.notify) as stack:
             display.settle()
-            _print_addresses(stack, console)
+            models = await _describe_models(stack)
+            _print_addresses(stack, models, console)
             await asyncio.Event().wait()  # until a signal, or a failure of the stack, cancels it
 
 
-def _print_addresses(stack: Stack, console: Console) -> None:
+async def _describe_models(stack: Stack) -> list[fusion_pb2.Variant]:
+    fusion = next(spec for spec in stack.plan.stages if spec.name == "fusion")
+    async with grpc.aio.insecure_channel(fusion.address) as channel:
+        stub = fusion_pb2_grpc.FusionServiceStub(channel)
+        try:
+            answer = await stub.DescribeModel(fusion_pb2.DescribeModelRequest(), timeout=_DESCRIBE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from None
+    return list(answer.variants)
+
+
+def _print_addresses(stack: Stack, models: list[fusion_pb2.Variant], console: Console) -> None:
     address = stack.plan.grpc_address
     rows = {
         "gRPC": f"{address}  (with reflection)",
         "HTTP": stack.plan.http_url,
+        "models": ", ".join(model.id for model in models if not model.problem),
         "weights": str(stack.plan.options.checkpoints),
         "logs": str(stack.plan.gateway.log_path.parent),
         "try": f'ovi generate "a bell in the fog" --server {address}',
@@ -81,3 +99,6 @@ def _print_addresses(stack: Stack, console: Console) -> None:
     console.print("[bold green]Ready.[/] Ctrl-C stops everything.")
     for name, value in rows.items():
         console.print(f"  {name:<8} {value}", soft_wrap=True, markup=False)
+    for model in models:
+        if model.problem:
+            console.print(f"{model.id} is not offered: {model.problem}", style="yellow", soft_wrap=True, markup=False)
