@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -32,12 +33,15 @@ from services.vae.request import (
 from shared.device_worker import DeviceWorker
 from shared.errors import FieldViolation, InvalidRequest
 from shared.generation_proto import size_to_proto
+from shared.logging import get_logger
 from shared.pictures import MAX_PICTURE_BYTES, open_picture
 from shared.service_main import device_name
 from shared.shapes import FPS, SAMPLE_RATE_HZ, VideoLatentShape
 from shared.tensors.framing import CHUNK_BYTES, TensorSpec, spec_from_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
+
+log = get_logger(__name__)
 
 _MAX_BYTES = {"video_latent": MAX_VIDEO_LATENT_BYTES, "audio_latent": MAX_AUDIO_LATENT_BYTES}
 _ANY_SIZE = 1 << 62
@@ -78,6 +82,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         provenance = dict(request.provenance)
         _check_references(references, check_provenance(provenance))
         latents = await self._fetch(references)
+        begun_s = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX) as folder:
             path = Path(folder) / "clip.mp4"
             events = self._worker.stream(
@@ -89,6 +94,8 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
                         yield pb.DecodeClipResponse(progress=_progress(event))
                     else:
                         written = event
+            seconds = round(time.monotonic() - begun_s, 3)
+            log.info("clip decoded", num_frames=written.num_frames, num_bytes=path.stat().st_size, seconds=seconds)
             checksum = google_crc32c.Checksum()
             with path.open("rb") as file:
                 async for chunk in _chunks(file, 0, path.stat().st_size):
