@@ -62,7 +62,11 @@ def prepare_checkpoints(checkpoints: Path | None, preset: str | None, data_dir: 
         UsageProblem: see there.
     """
     with locked_data_dir(data_dir):
-        return choose_checkpoints(checkpoints, preset, data_dir, lambda text: console.print(text, style="yellow"))
+
+        def say(text: str) -> None:
+            console.print(text, style="yellow", soft_wrap=True)
+
+        return choose_checkpoints(checkpoints, preset, data_dir, say)
 
 
 async def _serve(options: StackOptions, console: Console) -> None:

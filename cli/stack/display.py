@@ -64,7 +64,8 @@ class StackDisplay:
         if self._live is None and (not self._brief or change.state is ServiceState.RESTARTING):
             line = Text(f"{change.service:<13} ")
             line.append(change.state.value, style=_STYLES[change.state])
-            line.append(f" {change.detail}")
+            if change.detail:
+                line.append(f" {change.detail}")
             self._console.print(line, soft_wrap=True)
 
     def _table(self) -> Table:
