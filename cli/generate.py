@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cli import flags
 from cli.client import GatewayClient
@@ -190,7 +191,8 @@ async def gateway_address(server: str | None, request: StackRequest, console: Co
                 f"--data-dir: a stack runs on {request.data_dir} already; use it with --server {address},"
                 " or choose another folder for one with these flags"
             )
-        console.print(f"Using the stack that runs on {request.data_dir} ({address}).", style="dim", soft_wrap=True)
+        note = f"Using the stack that runs on {request.data_dir} ({address})."
+        console.print(note, style="dim", soft_wrap=True, markup=False)
         yield address
         return
     folder = prepare_checkpoints(request.checkpoints, request.preset, request.data_dir, console)
@@ -229,7 +231,10 @@ async def _generate(wanted: _Wanted, server: str | None, request: StackRequest, 
             await client.download(job, wanted.out)
         except OSError as error:
             raise CommandFailed(f"--out: {wanted.out} cannot be written ({error.strerror})") from None
-    console.print(f"[green]✓[/] {wanted.out}  [dim]{describe_video(job.video)}, seed {job.parameters.options.seed}")
+    done = Text("✓ ", style="green")
+    done.append(str(wanted.out), style="bold default")
+    done.append(f"  {describe_video(job.video)}, seed {job.parameters.options.seed}", style="dim default")
+    console.print(done, soft_wrap=True)
 
 
 async def _cancel(client: GatewayClient, job_id: str, console: Console) -> None:

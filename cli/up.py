@@ -45,7 +45,7 @@ def up(
         folder = prepare_checkpoints(checkpoints, preset, data_dir, console)
         options = StackOptions(data_dir, folder, host, grpc_port, http_port, device, text_encoder_device)
         if host not in _LOOPBACK:
-            console.print(f"--host {host}: whoever reaches this address can use the service.", style="yellow")
+            console.print(f"--host {host}: whoever reaches it can use the service.", style="yellow", markup=False)
         try:
             run_interruptible(_serve(options, console))
         except Interrupted:
@@ -64,7 +64,7 @@ def prepare_checkpoints(checkpoints: Path | None, preset: str | None, data_dir: 
     with locked_data_dir(data_dir):
 
         def say(text: str) -> None:
-            console.print(text, style="yellow", soft_wrap=True)
+            console.print(text, style="yellow", soft_wrap=True, markup=False)
 
         return choose_checkpoints(checkpoints, preset, data_dir, say)
 
