@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from cli.checkpoints.values import ValuePool, distribution_of
 from cli.checkpoints.writers import Draw, layout_bytes, write_pth, write_safetensors
 from services.vae.checkpoint import anti_alias_filter
 from shared.checkpoints import Layout
-from shared.errors import AlreadyExists, FieldViolation, InvalidRequest, ResourceExhausted
+from shared.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidRequest, ResourceExhausted
 from shared.variants import TOKENIZER_FOLDER, VARIANTS, Variant
 
 _MAX_SEED = 2**63 - 1
@@ -73,6 +74,7 @@ def synthesize(request: SynthRequest, *, on_file: Callable[[str, int], None]) ->
         InvalidRequest: unknown preset or variant, or a bad seed.
         AlreadyExists: files are there and `force` is off.
         ResourceExhausted: the disk is too small.
+        FailedPrecondition: the file system refuses.
     """
     preset, variants = _checked(request)
     files, links = _plan(request, preset, variants)
@@ -88,15 +90,31 @@ def synthesize(request: SynthRequest, *, on_file: Callable[[str, int], None]) ->
             write_pth(path, file.layout, draw)
         on_file(file.name, path.stat().st_size)
 
-    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="synth") as threads:
-        for done in [threads.submit(write, file) for file in sorted(files, key=lambda f: -f.num_bytes)]:
-            done.result()
-    for name, source in links:
-        (request.out / name).unlink(missing_ok=True)
-        os.link(request.out / source, request.out / name)
-        on_file(name, 0)
-    write_tokenizer(request.out / TOKENIZER_FOLDER)
+    try:
+        _all_at_once([partial(write, file) for file in sorted(files, key=lambda f: -f.num_bytes)])
+        for name, source in links:
+            _link(request.out / source, request.out / name)
+            on_file(name, 0)
+        write_tokenizer(request.out / TOKENIZER_FOLDER)
+    except OSError as error:
+        raise FailedPrecondition(f"{request.out}: writing failed ({error.strerror or error})") from None
     on_file(TOKENIZER_FOLDER, 0)
+
+
+def _all_at_once(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run tasks on a few threads; after the first failure no further one begins."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="synth") as threads:
+        futures = [threads.submit(task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _link(source: Path, name: Path) -> None:
+    name.unlink(missing_ok=True)
+    os.link(source, name)
 
 
 def _checked(request: SynthRequest) -> tuple[Preset, list[Variant]]:
@@ -138,11 +156,14 @@ def _check_folder(request: SynthRequest, names: Sequence[str], files: Sequence[_
     present = [name for name in names if (request.out / name).exists()]
     if present and not request.force:
         raise AlreadyExists(f"{request.out} holds {', '.join(present)} already; --force replaces them")
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FailedPrecondition(f"{request.out}: cannot be made ({error.strerror})") from None
     needed = sum(file.num_bytes for file in files)
     free = shutil.disk_usage(request.out).free
     if needed > free:
-        what = f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+        what = f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
         raise ResourceExhausted(f"{request.out}: {what}; choose fewer --variants, or --link-variants")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ import torch
 
 from shared.variants import AUDIO_VAE_FILE, TEXT_ENCODER_FILE, VIDEO_VAE_FILE, VOCODER_FILE
 
-_PIECE = 1 << 22
+_KEPT_POOLS = 6
+_LARGE_PARTS = 16
+"""A tensor of at least this part of the pool is large."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,40 @@ class ValuePool:
             num_values: size of the pool; odd.
         """
         self._values = torch.randn(num_values, generator=torch.Generator().manual_seed(seed))
+        self._whole = functools.lru_cache(maxsize=_KEPT_POOLS)(self._finished)
 
     def draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, distribution: Normal) -> torch.Tensor:
-        """A tensor that depends on the seed and `name` alone."""
-        out = torch.empty(shape, dtype=dtype)
-        flat = out.view(-1)
-        size = len(self._values)
+        """A contiguous tensor that depends on the seed and `name` alone; may be a view of memory that others share.
+
+        Large tensors are slices of pools that are scaled and rounded once for each dtype and distribution, since
+        scaling is what takes the time.
+        """
+        count, size = math.prod(shape), len(self._values)
         start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % size
-        done = 0
-        while done < len(flat):
-            count = min(_PIECE, len(flat) - done, size - start)
-            piece = self._values[start : start + count] * distribution.std + distribution.mean
-            flat[done : done + count] = piece
-            done += count
-            start = (start + count) % size
-        return out
+        large = count * _LARGE_PARTS >= size
+        pieces = []
+        while count:
+            length = min(count, size - start)
+            if large:
+                pieces.append(self._whole(dtype, distribution, 0, size)[start : start + length])
+            else:
+                pieces.append(self._finished(dtype, distribution, start, length))
+            count -= length
+            start = (start + length) % size
+        flat = pieces[0] if len(pieces) == 1 else _joined(pieces)
+        return flat.view(shape)
+
+    def _finished(self, dtype: torch.dtype, distribution: Normal, start: int, length: int) -> torch.Tensor:
+        return (self._values[start : start + length] * distribution.std + distribution.mean).to(dtype)
+
+
+def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
+    out = torch.empty(sum(map(len, pieces)), dtype=pieces[0].dtype)
+    done = 0
+    for piece in pieces:
+        out[done : done + len(piece)] = piece
+        done += len(piece)
+    return out
 
 
 def distribution_of(file: str, key: str, shape: tuple[int, ...]) -> Normal:

@@ -70,7 +70,14 @@ def write_safetensors(path: Path, layout: Layout, metadata: Mapping[str, str], d
 
 
 def write_pth(path: Path, layout: Layout, draw: Draw) -> None:
-    """Write one flat dictionary of tensors with torch.save; all of them are in memory at once."""
-    tensors = {key: draw(key, shape, dtype) for key, (dtype, shape) in layout.items()}
+    """Write one flat dictionary of tensors with torch.save; all of them are in memory at once.
+
+    Each gets memory of its own: what tensors share, torch.save writes once and as a whole.
+    """
+    tensors = {key: _with_own_memory(draw(key, shape, dtype)) for key, (dtype, shape) in layout.items()}
     with replacing(path) as file:
         torch.save(tensors, file)  # a file object, not a name: torch would put the temporary name inside
+
+
+def _with_own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
