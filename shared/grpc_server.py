@@ -226,8 +226,11 @@ async def serve(
     *,
     load: Callable[[], Awaitable[None]],
     close: Callable[[], Awaitable[None]],
+    drain: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT: NOT_SERVING while `load` runs, SERVING, NOT_SERVING while draining, then `close`.
+
+    `drain` is called when draining begins; there a service ends calls that would otherwise outlast the grace period.
 
     Raises:
         RuntimeError: the port is taken.
@@ -258,6 +261,8 @@ async def serve(
     finally:
         await readiness.enter(Phase.DRAINING)
         log.info("draining", grace_s=config.grace_s)
+        if drain is not None:
+            await drain()
         await server.stop(config.grace_s)
         await close()
         log.info("stopped")

@@ -1,0 +1,152 @@
+"""`python -m services.gateway --data-dir DIR`: the gateway."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ovi.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from services.gateway.artifacts import Artifacts
+from services.gateway.config import GatewayOptions, PipelineOptions, StageAddresses
+from services.gateway.database import DATABASE_FILE, DataDirInUse, DataDirLock, open_database
+from services.gateway.engine import GatewayEngine
+from services.gateway.http_app import GatewayPhase, HttpSide, make_app
+from services.gateway.images import ImageStore
+from services.gateway.jobs.store import JobStore
+from services.gateway.jobs.tracker import JobTracker
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.models import ModelCatalog
+from services.gateway.pipeline import Pipeline
+from services.gateway.servicer import JobServicer, ModelServicer
+from services.gateway.stages import StageClients
+from services.gateway.work import JobWork
+from shared.errors import EXIT_BAD_CONFIG
+from shared.grpc_server import GrpcService, ListenConfig, serve
+from shared.logging import get_logger
+from shared.service_main import run_service
+from shared.tensors.service import TensorServer
+from shared.tensors.store import TensorStore
+from shared.tensors.transport import LOOPBACK_HOSTS, TensorResolver
+
+_LATENT_LEASE_S = 3600.0
+_LATENT_STORE_BYTES = 1 << 30
+
+
+async def run(options: GatewayOptions) -> None:
+    """Own the data folder, take up unfinished jobs, serve until a signal.
+
+    Raises:
+        DataDirInUse: another gateway owns the data folder.
+    """
+    with DataDirLock(options.data_dir):
+        await _run_owner(options)
+
+
+async def _run_owner(options: GatewayOptions) -> None:
+    listen = options.listen
+    database = open_database(options.data_dir / DATABASE_FILE)
+    metrics, phase = GatewayMetrics(), GatewayPhase()
+    store = JobStore(database)
+    tracker = JobTracker(store, metrics)
+    clients = StageClients.connect(options.stages)
+    catalog = ModelCatalog(clients.fusion.describe)
+    artifacts, images = Artifacts(options.data_dir / "artifacts"), ImageStore(options.data_dir / "images")
+    resolver = TensorResolver.over_grpc(options.producer_hosts)
+    latents = TensorStore(lease_s=_LATENT_LEASE_S, max_bytes=_LATENT_STORE_BYTES)
+    tensors = TensorServer(
+        latents, host=options.data_host, port=options.data_port, advertise_host=options.advertise_host
+    )
+    work = JobWork(tracker, clients, catalog, artifacts, images, resolver, tensors, metrics, options.pipeline)
+    pipeline = Pipeline(database, tracker, work, options.pipeline)
+    engine = GatewayEngine(tracker, pipeline, catalog, artifacts, images, metrics)
+    app = make_app(engine, clients, artifacts, metrics, phase)
+    http = HttpSide(app, host=listen.host, port=options.http_port, grace_s=listen.grace_s)
+
+    async def load() -> None:
+        store.create_tables()
+        http.start()
+        await pipeline.launch()
+        phase.serving = True
+
+    async def drain() -> None:
+        phase.serving = False
+        tracker.end_watches()
+
+    async def close() -> None:
+        await http.stop()
+        await pipeline.close()
+        await clients.close()
+        resolver.close()
+        tensors.stop(listen.grace_s)
+        tracker.close()
+        database.dispose()
+
+    await serve(listen, _services(engine), load=load, close=close, drain=drain)
+
+
+def _services(engine: GatewayEngine) -> list[GrpcService]:
+    names = gateway_pb2.DESCRIPTOR.services_by_name
+    jobs, models = JobServicer(engine), ModelServicer(engine)
+    return [
+        GrpcService(
+            names["JobService"].full_name,
+            lambda server: gateway_pb2_grpc.add_JobServiceServicer_to_server(jobs, server),
+        ),
+        GrpcService(
+            names["ModelService"].full_name,
+            lambda server: gateway_pb2_grpc.add_ModelServiceServicer_to_server(models, server),
+        ),
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m services.gateway")
+    add = parser.add_argument
+    add("--data-dir", type=Path, required=True, help="folder of the database, clips and pictures")
+    add("--host", default="127.0.0.1", help="interface to listen on (default: loopback only)")
+    add("--grpc-port", type=int, default=50050, help="port of the gRPC API (default: %(default)s)")
+    add("--http-port", type=int, default=8000, help="port of the HTTP side; 0 picks a free one (default: %(default)s)")
+    add("--data-port", type=int, default=0, help="tensor port; 0 picks a free one (default: %(default)s)")
+    add("--data-host", default="127.0.0.1", help="interface of the tensor port (default: loopback only)")
+    add("--advertise-host", default=None, help="name the stages use for this host (default: --data-host)")
+    add("--producer-hosts", default="", help="comma-separated hosts, besides loopback, whose tensors are accepted")
+    add("--text-encoder", default="127.0.0.1:50051", help="address of the text encoder (default: %(default)s)")
+    add("--fusion", default="127.0.0.1:50052", help="address of the fusion service (default: %(default)s)")
+    add("--vae", default="127.0.0.1:50053", help="address of the VAE service (default: %(default)s)")
+    add("--max-concurrent-jobs", type=int, default=2, help="jobs worked on at once (default: %(default)s)")
+    add("--worker-wait-s", type=float, default=600.0, help="seconds a job waits for a stage (default: %(default)s)")
+    add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
+    add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
+    add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser
+
+
+def main() -> None:
+    """Parse flags and run."""
+    parser = _parser()
+    args = parser.parse_args()
+    try:
+        pipeline = PipelineOptions(args.max_concurrent_jobs, args.worker_wait_s, args.stage_timeout_s)
+    except ValueError as error:
+        parser.error(str(error))
+    extra = {host.strip() for host in args.producer_hosts.split(",") if host.strip()}
+    options = GatewayOptions(
+        listen=ListenConfig(args.host, args.grpc_port, args.grace_s),
+        http_port=args.http_port,
+        data_host=args.data_host,
+        data_port=args.data_port,
+        advertise_host=args.advertise_host or args.data_host,
+        producer_hosts=LOOPBACK_HOSTS | extra,
+        data_dir=args.data_dir.absolute(),
+        stages=StageAddresses(args.text_encoder, args.fusion, args.vae),
+        pipeline=pipeline,
+    )
+    try:
+        run_service("gateway", args.log_level, options, run(options))
+    except DataDirInUse as error:
+        get_logger(__name__).error("cannot start", reason=error.message)
+        raise SystemExit(EXIT_BAD_CONFIG) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What a gateway is told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.grpc_server import ListenConfig
+
+
+@dataclass(frozen=True)
+class StageAddresses:
+    """host:port of every stage's gRPC service."""
+
+    text_encoder: str
+    fusion: str
+    vae: str
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How jobs are worked on."""
+
+    max_concurrent_jobs: int
+    """Jobs worked on at once, at least 1; 2 lets the stages of two jobs overlap."""
+    worker_wait_s: float
+    """How long a job waits for a stage that is away, loading or full before it fails."""
+    stage_timeout_s: float
+    """Most seconds of one stage of one job, waiting included."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_concurrent_jobs", "worker_wait_s", "stage_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class GatewayOptions:
+    """Flags of the gateway, resolved."""
+
+    listen: ListenConfig
+    http_port: int
+    """Port of the HTTP side, on the same interface; 0 picks a free one."""
+    data_host: str
+    """Interface of the data port; only the stages need to reach it."""
+    data_port: int
+    """Port of the TensorService that offers kept latents; 0 picks a free one."""
+    advertise_host: str
+    """Name under which the stages reach this data port."""
+    producer_hosts: frozenset[str]
+    """Hosts whose tensor references are accepted."""
+    data_dir: Path
+    """Database, artifacts and pictures; owned by one gateway at a time."""
+    stages: StageAddresses
+    pipeline: PipelineOptions

@@ -1,0 +1,78 @@
+"""The gateway's database file: one owner, one way to open it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from shared.errors import FailedPrecondition
+
+DATABASE_FILE = "ovi.sqlite3"
+_LOCK_FILE = "gateway.lock"
+_BUSY_TIMEOUT_MS = 30_000
+
+
+class DataDirInUse(FailedPrecondition):
+    """Another gateway owns the data folder."""
+
+    reason = "DATA_DIR_IN_USE"
+
+
+class DataDirLock:
+    """Makes one process the owner of a data folder until it ends, however it ends."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """
+        Args:
+            data_dir: made if it is not there.
+
+        Raises:
+            DataDirInUse: another process owns it.
+            OSError: it cannot be made or written.
+        """
+        data_dir.mkdir(parents=True, exist_ok=True)
+        path = data_dir / _LOCK_FILE
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._file)
+            raise DataDirInUse(
+                f"{data_dir} is in use by another gateway (process {owner});"
+                " stop it first, or give this one a --data-dir of its own"
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+
+def open_database(path: Path) -> sa.Engine:
+    """An engine on a SQLite file: write-ahead log, every commit on disk before it is answered, writers take turns."""
+    engine = sa.create_engine(f"sqlite:///{path}", pool_size=10)
+
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: Any, record: Any) -> None:
+        connection.isolation_level = "IMMEDIATE"
+        for pragma in (
+            "journal_mode=WAL",
+            f"busy_timeout={_BUSY_TIMEOUT_MS}",
+            "foreign_keys=ON",
+            # NORMAL may lose the last commits when the power goes.
+            "synchronous=FULL",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    return engine

@@ -1,0 +1,172 @@
+"""A job: what was asked, how far it is, how it ended. Knows nothing of wires and databases."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from shared.sampling_options import SamplingOptions
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+JOB_ID_PATTERN = r"job_[0-9A-HJKMNP-TV-Z]{26}"
+"""What ids look like; anything else never reaches a path or a query."""
+
+
+class JobState(enum.Enum):
+    """Where a job is in its life; values are those of the table."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """True for the three states that are never left."""
+        return self not in UNFINISHED
+
+
+UNFINISHED = frozenset({JobState.QUEUED, JobState.RUNNING})
+
+
+class JobStage(enum.Enum):
+    """What a running job is doing."""
+
+    WAITING = "waiting"
+    ENCODE_PROMPT = "encode_prompt"
+    ENCODE_IMAGE = "encode_image"
+    DENOISE = "denoise"
+    DECODE = "decode"
+    DONE = "done"
+
+
+_SHARES: Mapping[JobStage, tuple[float, float]] = {
+    JobStage.WAITING: (0.0, 0.0),
+    JobStage.ENCODE_PROMPT: (0.0, 0.02),
+    JobStage.ENCODE_IMAGE: (0.02, 0.04),
+    JobStage.DENOISE: (0.04, 0.85),
+    JobStage.DECODE: (0.85, 1.0),
+    JobStage.DONE: (1.0, 1.0),
+}
+"""Part of the whole job at which a stage begins and ends."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    stage: JobStage = JobStage.WAITING
+    done: int = 0
+    """Steps or frames finished in this stage."""
+    total: int = 0
+    """Steps or frames of this stage; 0 where it has none."""
+
+    @property
+    def fraction(self) -> float:
+        """Part of the whole job that is finished, 0 to 1."""
+        begin, end = _SHARES[self.stage]
+        return begin + (end - begin) * (min(self.done, self.total) / self.total if self.total else 0.0)
+
+
+@dataclass(frozen=True)
+class JobFailure:
+    """Why a job failed."""
+
+    code: str
+    """gRPC status name."""
+    message: str
+    """What happened and what to do."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A finished clip."""
+
+    num_bytes: int
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+
+
+@dataclass(frozen=True)
+class ClipParameters:
+    """What to make, every default filled in, every limit checked."""
+
+    prompt: str
+    video_negative_prompt: str
+    audio_negative_prompt: str
+    model: str
+    height: int
+    width: int
+    num_frames: int
+    options: SamplingOptions
+    image_id: str = ""
+    """SHA-256 of an uploaded first picture in hex digits; empty for text to video."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job and all that is known of it. Times are Unix seconds."""
+
+    id: str
+    parameters: ClipParameters
+    create_time_s: float
+    request_id: str = ""
+    state: JobState = JobState.QUEUED
+    progress: Progress = Progress()
+    failure: JobFailure | None = None
+    video: VideoInfo | None = None
+    start_time_s: float | None = None
+    end_time_s: float | None = None
+    attempts: int = 0
+    """How often its work was begun."""
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds each finished stage took."""
+
+    def at(self, progress: Progress) -> Job:
+        """The same job, further on."""
+        return replace(self, progress=progress)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A terminal state and what belongs to it."""
+
+    state: JobState
+    failure: JobFailure | None = None
+    video: VideoInfo | None = None
+
+    def __post_init__(self) -> None:
+        fits = {
+            JobState.COMPLETED: self.video is not None and self.failure is None,
+            JobState.FAILED: self.failure is not None and self.video is None,
+            JobState.CANCELLED: self.failure is None and self.video is None,
+        }
+        if not fits.get(self.state, False):
+            raise ValueError(f"a job cannot end {self.state} with failure={self.failure}, video={self.video}")
+
+    @classmethod
+    def completed(cls, video: VideoInfo) -> Ending:
+        """The clip is there."""
+        return cls(JobState.COMPLETED, video=video)
+
+    @classmethod
+    def failed(cls, code: str, message: str) -> Ending:
+        """It could not be made; `code` is a gRPC status name."""
+        return cls(JobState.FAILED, failure=JobFailure(code, message))
+
+    @classmethod
+    def cancelled(cls) -> Ending:
+        """Stopped on request."""
+        return cls(JobState.CANCELLED)
+
+
+def new_job_id() -> str:
+    """A fresh id: `job_`, then a ULID (48 bits of milliseconds, 80 random bits, in Crockford's base 32)."""
+    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return "job_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))

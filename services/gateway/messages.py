@@ -1,0 +1,116 @@
+"""Jobs, models and their words as protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from ovi.gateway.v1 import gateway_pb2 as pb
+from services.gateway.jobs.domain import ClipParameters, Job, JobStage, JobState
+from services.gateway.models import ModelInfo
+from shared.errors import InvalidRequest
+from shared.generation_proto import sampling_options_to_proto, size_to_proto
+
+_STATES = {
+    JobState.QUEUED: pb.JOB_STATE_QUEUED,
+    JobState.RUNNING: pb.JOB_STATE_RUNNING,
+    JobState.COMPLETED: pb.JOB_STATE_COMPLETED,
+    JobState.FAILED: pb.JOB_STATE_FAILED,
+    JobState.CANCELLED: pb.JOB_STATE_CANCELLED,
+}
+_STATES_FROM_PROTO = {proto: state for state, proto in _STATES.items()}
+_STAGES = {
+    JobStage.WAITING: pb.JOB_STAGE_UNSPECIFIED,
+    JobStage.ENCODE_PROMPT: pb.JOB_STAGE_ENCODE_PROMPT,
+    JobStage.ENCODE_IMAGE: pb.JOB_STAGE_ENCODE_IMAGE,
+    JobStage.DENOISE: pb.JOB_STAGE_DENOISE,
+    JobStage.DECODE: pb.JOB_STAGE_DECODE,
+    JobStage.DONE: pb.JOB_STAGE_DONE,
+}
+
+
+def video_url_path(job_id: str) -> str:
+    """Path of a finished clip under the HTTP port."""
+    return f"/api/videos/{job_id}.mp4"
+
+
+def states_from_proto(values: Iterable[pb.JobState.ValueType]) -> set[JobState]:
+    """The states of a filter; UNSPECIFIED among them means any.
+
+    Raises:
+        InvalidRequest: a number that has no name.
+    """
+    wanted = set(values)
+    if unknown := wanted - set(_STATES_FROM_PROTO) - {pb.JOB_STATE_UNSPECIFIED}:
+        names = ", ".join(pb.JobState.Name(value) for value in _STATES_FROM_PROTO)
+        raise InvalidRequest.of("states", f"got {sorted(unknown)}, allowed is {names}")
+    return set() if pb.JOB_STATE_UNSPECIFIED in wanted else {_STATES_FROM_PROTO[value] for value in wanted}
+
+
+def job_to_proto(job: Job) -> pb.Job:
+    """The wire form of a job."""
+    message = pb.Job(
+        id=job.id,
+        state=_STATES[job.state],
+        parameters=_parameters(job.parameters),
+        progress=pb.JobProgress(
+            stage=_STAGES[job.progress.stage],
+            done=job.progress.done,
+            total=job.progress.total,
+            fraction=job.progress.fraction,
+        ),
+        create_time=_timestamp(job.create_time_s),
+        start_time=_timestamp(job.start_time_s),
+        end_time=_timestamp(job.end_time_s),
+        attempts=job.attempts,
+        stage_seconds=job.stage_seconds,
+        request_id=job.request_id,
+    )
+    if job.failure is not None:
+        message.error.code, message.error.message = job.failure.code, job.failure.message
+    if job.video is not None:
+        message.video.MergeFrom(
+            pb.Video(
+                num_bytes=job.video.num_bytes,
+                size=size_to_proto(job.video.height, job.video.width),
+                num_frames=job.video.num_frames,
+                fps=job.video.fps,
+                url_path=video_url_path(job.id),
+            )
+        )
+    return message
+
+
+def model_to_proto(model: ModelInfo) -> pb.Model:
+    """The wire form of a variant."""
+    return pb.Model(
+        id=model.id,
+        sizes=[size_to_proto(*size) for size in model.sizes],
+        num_frames=model.num_frames,
+        fps=model.fps,
+        precision=model.precision,
+        device=model.device,
+        num_layers=model.num_layers,
+        video_area=model.video_area,
+    )
+
+
+def _parameters(parameters: ClipParameters) -> pb.GenerationParameters:
+    return pb.GenerationParameters(
+        prompt=parameters.prompt,
+        video_negative_prompt=parameters.video_negative_prompt,
+        audio_negative_prompt=parameters.audio_negative_prompt,
+        model=parameters.model,
+        height=parameters.height,
+        width=parameters.width,
+        num_frames=parameters.num_frames,
+        options=sampling_options_to_proto(parameters.options),
+        image_id=parameters.image_id,
+    )
+
+
+def _timestamp(seconds: float | None) -> Timestamp | None:
+    if seconds is None:
+        return None
+    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

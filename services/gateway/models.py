@@ -1,0 +1,82 @@
+"""Which variants can be made, as the fusion service tells it; kept for a moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from shared.errors import InvalidRequest, Unavailable
+from shared.variants import PromptFormat
+
+_FRESH_S = 5.0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A variant that the fusion service can run."""
+
+    id: str
+    sizes: tuple[tuple[int, int], ...]
+    """Common legal (height, width)."""
+    video_area: int
+    """Pixels of a frame before rounding."""
+    num_frames: int
+    fps: int
+    num_layers: int
+    """Fused blocks."""
+    prompt_format: PromptFormat
+    precision: str
+    device: str
+    fingerprint: str
+    """Of the weight file."""
+
+
+class ModelCatalog:
+    """The variants, first the default; asked for again when the answer is a few seconds old."""
+
+    def __init__(self, describe: Callable[[], Awaitable[tuple[ModelInfo, ...]]]) -> None:
+        """
+        Args:
+            describe: asks the fusion service; raises OviError.
+        """
+        self._describe = describe
+        self._models: tuple[ModelInfo, ...] = ()
+        self._asked_s = float("-inf")
+
+    async def current(self) -> Mapping[str, ModelInfo]:
+        """The variants now, by id, in order.
+
+        Raises:
+            Unavailable: the fusion service is away or loading.
+        """
+        if time.monotonic() - self._asked_s > _FRESH_S:
+            self._models = await self._describe()
+            self._asked_s = time.monotonic()
+        return {model.id: model for model in self._models}
+
+    async def last_known(self) -> Mapping[str, ModelInfo]:
+        """The variants now, or as they were when the fusion service last answered: a job may wait for it to be back.
+
+        Raises:
+            Unavailable: the fusion service never answered.
+        """
+        try:
+            return await self.current()
+        except Unavailable:
+            if not self._models:
+                raise
+            return {model.id: model for model in self._models}
+
+    async def get(self, model_id: str) -> ModelInfo:
+        """One variant.
+
+        Raises:
+            InvalidRequest: it cannot be run any more.
+            Unavailable: the fusion service is away or loading.
+        """
+        models = await self.current()
+        if model_id not in models:
+            legal = ", ".join(models) or "none"
+            raise InvalidRequest.of("model", f"{model_id!r} cannot be run any more, allowed is {legal}")
+        return models[model_id]

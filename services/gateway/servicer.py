@@ -1,0 +1,94 @@
+"""JobService and ModelService: protobuf to domain and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from ovi.gateway.v1 import gateway_pb2 as pb
+from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
+from services.gateway.artifacts import is_job_id
+from services.gateway.engine import GatewayEngine
+from services.gateway.messages import job_to_proto, model_to_proto, states_from_proto
+from shared.errors import InvalidRequest
+from shared.generation_proto import size_to_proto
+from shared.pictures import MAX_PICTURE_BYTES
+from shared.tensors.framing import CHUNK_BYTES
+
+
+class JobServicer(pb_grpc.JobServiceServicer):
+    """Makes and manages jobs."""
+
+    def __init__(self, engine: GatewayEngine) -> None:
+        self._engine = engine
+
+    async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.CreateJobResponse:
+        job = await self._engine.create(request.request_id, request.parameters)
+        return pb.CreateJobResponse(job=job_to_proto(job))
+
+    async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.GetJobResponse:
+        return pb.GetJobResponse(job=job_to_proto(await self._engine.get(_checked_id(request.id))))
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext) -> pb.ListJobsResponse:
+        page = await self._engine.page(
+            page_size=request.page_size, page_token=request.page_token, states=states_from_proto(request.states)
+        )
+        return pb.ListJobsResponse(jobs=map(job_to_proto, page.jobs), next_page_token=page.next_page_token)
+
+    async def WatchJob(
+        self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchJobResponse]:
+        async with contextlib.aclosing(self._engine.watch(_checked_id(request.id))) as jobs:
+            async for job in jobs:
+                yield pb.WatchJobResponse(job=job_to_proto(job))
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.CancelJobResponse:
+        return pb.CancelJobResponse(job=job_to_proto(await self._engine.cancel(_checked_id(request.id))))
+
+    async def DeleteJob(self, request: pb.DeleteJobRequest, context: grpc.aio.ServicerContext) -> pb.DeleteJobResponse:
+        await self._engine.delete(_checked_id(request.id))
+        return pb.DeleteJobResponse()
+
+    async def DownloadVideo(
+        self, request: pb.DownloadVideoRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.DownloadVideoResponse]:
+        chunks = await self._engine.video(_checked_id(request.id))
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield pb.DownloadVideoResponse(chunk=chunk)
+
+    async def UploadImage(
+        self, request_iterator: AsyncIterator[pb.UploadImageRequest], context: grpc.aio.ServicerContext
+    ) -> pb.UploadImageResponse:
+        picture = bytearray()
+        async for request in request_iterator:
+            if len(request.chunk) > CHUNK_BYTES:
+                raise InvalidRequest.of("chunk", f"got {len(request.chunk)} bytes, allowed is at most {CHUNK_BYTES}")
+            picture += request.chunk
+            if len(picture) > MAX_PICTURE_BYTES:
+                what = f"got over {MAX_PICTURE_BYTES} bytes together, allowed is at most that; make the picture smaller"
+                raise InvalidRequest.of("chunk", what)
+        image = await self._engine.keep_image(bytes(picture))
+        return pb.UploadImageResponse(image_id=image.id, size=size_to_proto(image.height, image.width))
+
+
+class ModelServicer(pb_grpc.ModelServiceServicer):
+    """Tells what can be made."""
+
+    def __init__(self, engine: GatewayEngine) -> None:
+        self._engine = engine
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[model_to_proto(model) for model in await self._engine.models()])
+
+
+def _checked_id(job_id: str) -> str:
+    if not is_job_id(job_id):
+        raise InvalidRequest.of(
+            "id", f"got {job_id[:64]!r}, allowed is job_ and 26 letters and digits, as CreateJob gave"
+        )
+    return job_id

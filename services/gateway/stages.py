@@ -1,0 +1,221 @@
+"""Calls of the three stages. Every failure becomes one of `shared.errors`; `patience` decides what is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from ovi.common.v1 import tensor_pb2
+from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
+from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
+from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
+from services.gateway.config import StageAddresses
+from services.gateway.models import ModelInfo
+from shared.errors import DeadlineExceeded, Unavailable
+from shared.generation_proto import prompt_format_from_proto, prompt_format_to_proto
+from shared.grpc_client import REQUEST_ID_KEY, error_of
+from shared.tensors.framing import CHUNK_BYTES
+from shared.variants import PromptFormat
+
+T = TypeVar("T")
+
+_CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
+_DESCRIBE_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 2.0
+_CUT_CODES = frozenset({"UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN"})
+
+
+class WorkerCut(Unavailable):
+    """The connection to a worker broke during a call, or could not be made: the worker crashed or is not started."""
+
+
+@contextmanager
+def _calls(stage: str, address: str) -> Iterator[None]:
+    """Around a call: gRPC statuses become `shared.errors`."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        # Our servers put details on every status they send; one without was made by the transport.
+        if error.code().name in _CUT_CODES and rpc_status.from_call(error) is None:
+            raise WorkerCut(f"the {stage} service at {address} cannot be reached ({error.details()})") from None
+        known = error_of(error)
+        if isinstance(known, Unavailable):
+            raise Unavailable(f"the {stage} service at {address} is not ready ({known.message})") from None
+        raise known from None
+
+
+def _metadata(job_id: str) -> tuple[tuple[str, str], ...]:
+    return ((REQUEST_ID_KEY, job_id),)
+
+
+async def _events(call: Any, stage: str, address: str) -> AsyncGenerator[Any, None]:
+    """The messages of a stream; leaving early cancels the call at once."""
+    try:
+        with _calls(stage, address):
+            async for event in call:
+                yield event
+    finally:
+        call.cancel()
+
+
+class TextEncoderClient:
+    """The text encoder stage."""
+
+    name = "text_encoder"
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = text_encoder_pb2_grpc.TextEncoderServiceStub(self.channel)
+
+    async def encode(
+        self, prompt: str, negatives: Sequence[str], prompt_format: PromptFormat, *, job_id: str
+    ) -> list[tensor_pb2.TensorRef]:
+        """References of the prompt's rows and of each negative's.
+
+        Raises:
+            OviError: by the table.
+        """
+        request = text_encoder_pb2.EncodeRequest(
+            prompts=[prompt, *negatives],
+            prompt_format=prompt_format_to_proto(prompt_format),
+            num_pinned=len(negatives),
+        )
+        with _calls(self.name, self.address):
+            response = await self._stub.Encode(request, metadata=_metadata(job_id))
+        return [embedding.tensor for embedding in response.embeddings]
+
+
+class FusionClient:
+    """The fusion stage."""
+
+    name = "fusion"
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = fusion_pb2_grpc.FusionServiceStub(self.channel)
+
+    def denoise(
+        self, request: fusion_pb2.DenoiseRequest, *, job_id: str
+    ) -> AsyncGenerator[fusion_pb2.DenoiseResponse, None]:
+        """Steps, then the result; closing it stops the work before its next step.
+
+        Raises:
+            OviError: by the table.
+        """
+        return _events(self._stub.Denoise(request, metadata=_metadata(job_id)), self.name, self.address)
+
+    async def describe(self) -> tuple[ModelInfo, ...]:
+        """The variants that can be run.
+
+        Raises:
+            OviError: by the table.
+        """
+        try:
+            with _calls(self.name, self.address):
+                response = await self._stub.DescribeModel(
+                    fusion_pb2.DescribeModelRequest(), timeout=_DESCRIBE_TIMEOUT_S
+                )
+        except DeadlineExceeded:
+            what = f"the {self.name} service at {self.address} did not answer within {_DESCRIBE_TIMEOUT_S:g} s"
+            raise Unavailable(what) from None
+        return tuple(
+            ModelInfo(
+                id=variant.id,
+                sizes=tuple((size.height, size.width) for size in variant.sizes),
+                video_area=variant.video_area,
+                num_frames=variant.num_frames,
+                fps=variant.fps,
+                num_layers=variant.num_layers,
+                prompt_format=prompt_format_from_proto(variant.prompt_format, field="prompt_format"),
+                precision=variant.precision,
+                device=response.device,
+                fingerprint=variant.fingerprint,
+            )
+            for variant in response.variants
+            if not variant.problem
+        )
+
+
+class VaeClient:
+    """The VAE stage."""
+
+    name = "vae"
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = vae_pb2_grpc.VaeServiceStub(self.channel)
+
+    async def encode_image(self, picture: bytes, height: int, width: int, *, job_id: str) -> tensor_pb2.TensorRef:
+        """The latent of a first picture, scaled and cropped to height x width.
+
+        Raises:
+            OviError: by the table.
+        """
+
+        async def parts() -> AsyncIterator[vae_pb2.EncodeImageRequest]:
+            request = vae_pb2.EncodeImageRequest()
+            request.size.height, request.size.width = height, width
+            yield request
+            for start in range(0, len(picture), CHUNK_BYTES):
+                yield vae_pb2.EncodeImageRequest(chunk=picture[start : start + CHUNK_BYTES])
+
+        with _calls(self.name, self.address):
+            response = await self._stub.EncodeImage(parts(), metadata=_metadata(job_id))
+        return response.latent
+
+    def decode_clip(
+        self, request: vae_pb2.DecodeClipRequest, *, job_id: str
+    ) -> AsyncGenerator[vae_pb2.DecodeClipResponse, None]:
+        """Progress, the mp4 in chunks, its summary.
+
+        Raises:
+            OviError: by the table.
+        """
+        return _events(self._stub.DecodeClip(request, metadata=_metadata(job_id)), self.name, self.address)
+
+
+@dataclass(frozen=True)
+class StageClients:
+    """All three stages."""
+
+    text_encoder: TextEncoderClient
+    fusion: FusionClient
+    vae: VaeClient
+
+    @classmethod
+    def connect(cls, addresses: StageAddresses) -> StageClients:
+        """Clients of these addresses; the connections are made at the first calls."""
+        return cls(TextEncoderClient(addresses.text_encoder), FusionClient(addresses.fusion), VaeClient(addresses.vae))
+
+    async def health(self) -> dict[str, str]:
+        """What each stage's health service says: SERVING, NOT_SERVING or UNREACHABLE."""
+        clients: list[TextEncoderClient | FusionClient | VaeClient] = [self.text_encoder, self.fusion, self.vae]
+        answers = await asyncio.gather(*(_health(client.channel) for client in clients))
+        return {client.name: answer for client, answer in zip(clients, answers, strict=True)}
+
+    async def close(self) -> None:
+        """Close the connections."""
+        closing: list[Awaitable[None]] = [
+            client.channel.close() for client in (self.text_encoder, self.fusion, self.vae)
+        ]
+        await asyncio.gather(*closing)
+
+
+async def _health(channel: grpc.aio.Channel) -> str:
+    try:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        answer = await check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return "UNREACHABLE"
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
