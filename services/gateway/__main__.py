@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, help="folder of the database, clips and pictures")
     add("--host", default="127.0.0.1", help="interface to listen on (default: loopback only)")
-    add("--grpc-port", type=int, default=50050, help="port of the gRPC API (default: %(default)s)")
+    add("--grpc-port", "--port", type=int, default=50050, help="port of the gRPC API (default: %(default)s)")
     add("--http-port", type=int, default=8000, help="port of the HTTP side; 0 picks a free one (default: %(default)s)")
     add("--data-port", type=int, default=0, help="tensor port; 0 picks a free one (default: %(default)s)")
     add("--data-host", default="127.0.0.1", help="interface of the tensor port (default: loopback only)")
