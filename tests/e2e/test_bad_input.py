@@ -186,11 +186,9 @@ def _booby_trap(path: Path, evidence: Path) -> None:
 
 FUSION_FILE = VARIANTS["960x960_5s"].file
 DAMAGES = [
-    (TEXT_ENCODER_FILE, _remove),
     (TEXT_ENCODER_FILE, _booby_trap),
     (VIDEO_VAE_FILE, _truncate),
-    (VIDEO_VAE_FILE, _reshape),
-    (AUDIO_VAE_FILE, _booby_trap),
+    (AUDIO_VAE_FILE, _reshape),
     (VOCODER_FILE, _remove),
 ]
 
@@ -218,15 +216,14 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_left_running(
     assert not evidence.exists(), "nothing in the file was run"
 
 
-@pytest.mark.parametrize("damage", [_truncate, _reshape], ids=["truncated", "reshaped"])
-def test_a_damaged_fusion_file_is_named(
-    damage: Callable[[Path, Path], None], tiny_checkpoint: Path, tmp_path: Path, program: Callable[..., Program]
+def test_a_fusion_file_of_wrong_shapes_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, program: Callable[..., Program]
 ) -> None:
     folder = _copy(tiny_checkpoint, tmp_path / "weights")
     for variant in VARIANTS.values():
         if variant.file != FUSION_FILE:
             (folder / variant.file).unlink()
-    damage(folder / FUSION_FILE, tmp_path)
+    _reshape(folder / FUSION_FILE, tmp_path)
     arguments = ("--checkpoints", folder, "--data-dir", tmp_path / "data", "--grpc-port", "0", "--http-port", "0")
     command = program(OVI, "up", *arguments)
     assert command.wait() == EXIT_BAD_CONFIG, command.output
