@@ -43,6 +43,7 @@ class ModelCatalog:
         self._describe = describe
         self._models: tuple[ModelInfo, ...] = ()
         self._asked_s = float("-inf")
+        self._missed_s = float("-inf")
 
     async def current(self) -> Mapping[str, ModelInfo]:
         """The variants now, by id, in order.
@@ -61,12 +62,16 @@ class ModelCatalog:
         Raises:
             Unavailable: the fusion service never answered.
         """
+        known = {model.id: model for model in self._models}
+        if known and time.monotonic() - self._missed_s < _FRESH_S:
+            return known
         try:
             return await self.current()
         except Unavailable:
-            if not self._models:
+            if not known:
                 raise
-            return {model.id: model for model in self._models}
+            self._missed_s = time.monotonic()
+            return known
 
     async def get(self, model_id: str) -> ModelInfo:
         """One variant.

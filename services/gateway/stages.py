@@ -28,7 +28,7 @@ from shared.variants import PromptFormat
 T = TypeVar("T")
 
 _CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
-_DESCRIBE_TIMEOUT_S = 5.0
+_DESCRIBE_TIMEOUT_S = 2.0
 _HEALTH_TIMEOUT_S = 2.0
 _CUT_CODES = frozenset({"UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN"})
 
@@ -122,12 +122,13 @@ class FusionClient:
         """
         try:
             with _calls(self.name, self.address):
+                # Waiting bridges the moment in which a restarted worker is up and the channel does not know it yet.
                 response = await self._stub.DescribeModel(
-                    fusion_pb2.DescribeModelRequest(), timeout=_DESCRIBE_TIMEOUT_S
+                    fusion_pb2.DescribeModelRequest(), timeout=_DESCRIBE_TIMEOUT_S, wait_for_ready=True
                 )
         except DeadlineExceeded:
             what = f"the {self.name} service at {self.address} did not answer within {_DESCRIBE_TIMEOUT_S:g} s"
-            raise Unavailable(what) from None
+            raise Unavailable(f"{what}; is it running?") from None
         return tuple(
             ModelInfo(
                 id=variant.id,
