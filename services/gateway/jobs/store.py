@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -110,9 +110,9 @@ class JobStore:
 
     def count_by_state(self) -> dict[JobState, int]:
         """Number of jobs in every state."""
-        query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+        query = sa.select(jobs.c.state, sa.func.count().label("number")).group_by(jobs.c.state)
         with self._engine.connect() as connection:
-            counts: dict[str, int] = dict(connection.execute(query).tuples().all())
+            counts: dict[str, int] = {row.state: row.number for row in connection.execute(query)}
         return {state: counts.get(state.value, 0) for state in JobState}
 
     def begin(self, job_id: str, now_s: float) -> Job | None:
@@ -134,17 +134,27 @@ class JobStore:
             stage_seconds=dict(stage_seconds),
         )
 
-    def finish(self, job_id: str, ending: Ending, now_s: float) -> Job | None:
+    def finish(self, job_id: str, ending: Ending, now_s: float, progress: Progress | None = None) -> Job | None:
         """Write the terminal state, unless there is one already: the first stands.
+
+        Args:
+            job_id: of the job.
+            ending: the state and what belongs to it.
+            now_s: Unix seconds.
+            progress: how far a job that is not completed came; as kept before, if None.
 
         Returns:
             The ended job, or None if this write came too late or the job is gone.
         """
         values: dict[str, Any] = {"state": ending.state.value, "end_time_s": now_s}
+        if ending.video is not None:
+            progress = Progress(JobStage.DONE)
+        if progress is not None:
+            values |= {"stage": progress.stage.value, "done": progress.done, "total": progress.total}
         if ending.failure is not None:
             values |= {"error_code": ending.failure.code, "error_message": ending.failure.message}
         if ending.video is not None:
-            values |= {"video": vars(ending.video), "stage": JobStage.DONE.value, "done": 0, "total": 0}
+            values["video"] = asdict(ending.video)
         return self._change(job_id, **values)
 
     def delete(self, job_id: str) -> None:

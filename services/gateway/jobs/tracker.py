@@ -128,7 +128,9 @@ class JobTracker:
     async def finish(self, job_id: str, ending: Ending) -> bool:
         """Write the terminal state, in this one place; False if the job had one already, which stands."""
         async with self._lock:
-            job = await self._in_thread(self._store.finish, job_id, ending, time.time())
+            live = self._live.get(job_id)
+            progress = live.progress if live is not None else None
+            job = await self._in_thread(self._store.finish, job_id, ending, time.time(), progress)
             if job is None:
                 return False
             self._live.pop(job_id, None)
