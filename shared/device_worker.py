@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -21,6 +22,8 @@ class _Job(Generic[T]):
     events: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     begun: bool = False
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    """Of the caller, so that log lines of the device thread carry the request id."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> bool:
@@ -122,7 +125,7 @@ class DeviceWorker:
             if not job.begin():
                 continue
             try:
-                self._iterate(job)
+                job.context.run(self._iterate, job)
                 job.post("end", None)
             except Exception as error:
                 job.post("error", error)
