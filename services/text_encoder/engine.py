@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from services.text_encoder.config import TextEncoderConfig
 from services.text_encoder.prompt import clean_prompt, format_prompt
 from services.text_encoder.tokenizer import PromptTokenizer
 from shared.checkpoints import file_fingerprint
+from shared.device_memory import peak_gib, reset_peak
 from shared.errors import CheckpointError
+from shared.logging import get_logger
 from shared.tensors.framing import spec_of
 from shared.variants import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, PromptFormat
+
+log = get_logger(__name__)
 
 
 class TextEncoder:
@@ -32,7 +37,7 @@ class TextEncoder:
         """
         self.config = config
         self._model = model
-        self._device = device
+        self.device = device
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[int]) -> torch.Tensor:
@@ -42,7 +47,7 @@ class TextEncoder:
         padding is computed. Padding would change nothing but rounding: umT5's positions are relative, and padding is
         masked.
         """
-        ids_1L = torch.tensor([list(ids)], dtype=torch.int64, device=self._device)
+        ids_1L = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
         rows: torch.Tensor = self._model(input_ids=ids_1L).last_hidden_state[0]
         return rows.to("cpu").contiguous()
 
@@ -121,7 +126,12 @@ class TextEngine:
 
     def _encode(self, text: str, pin: bool) -> Encoded:
         tokens = self._tokenizer(text)
+        start = time.perf_counter()
+        reset_peak(self._encoder.device)
         rows_LC = self._encoder.encode(tokens.ids)
+        seconds = round(time.perf_counter() - start, 3)
+        peak = peak_gib(self._encoder.device)
+        log.info("prompt encoded", num_tokens=len(tokens.ids), seconds=seconds, peak_device_gib=peak)
         embedding = Embedding(rows_LC, spec_of(rows_LC), tokens.truncated)
         self.num_encoded += 1
         self._cache.put(self.fingerprint, text, embedding, pin=pin)

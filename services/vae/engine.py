@@ -26,6 +26,7 @@ from services.vae.model.video_vae import VideoVae
 from services.vae.model.vocoder import Vocoder
 from services.vae.mp4 import ClipWriter, num_clip_samples
 from shared.checkpoints import file_fingerprint
+from shared.device_memory import peak_gib, reset_peak
 from shared.errors import ResourceExhausted
 from shared.shapes import VideoLatentShape
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
@@ -69,6 +70,11 @@ class VaeEngine:
         self._device = next(vocoder.parameters()).device
         self._chunk_latent_frames = chunk_latent_frames
         self.fingerprint = fingerprint
+
+    @property
+    def peak_device_gib(self) -> float | None:
+        """Most GiB reserved since the last clip was begun; None on a CPU."""
+        return peak_gib(self._device)
 
     @classmethod
     def load(cls, options: VaeOptions) -> VaeEngine:
@@ -135,6 +141,7 @@ class VaeEngine:
         Raises:
             ResourceExhausted: the disk is full.
         """
+        reset_peak(self._device)
         shape = VideoLatentShape(*video_CFHW.shape[1:])
         samples = fit_length(self.decode_audio(audio_SC), num_clip_samples(shape.num_frames))
         with contextlib.ExitStack() as stack:

@@ -95,7 +95,13 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
                     else:
                         written = event
             seconds = round(time.monotonic() - begun_s, 3)
-            log.info("clip decoded", num_frames=written.num_frames, num_bytes=path.stat().st_size, seconds=seconds)
+            log.info(
+                "clip decoded",
+                num_frames=written.num_frames,
+                num_bytes=path.stat().st_size,
+                seconds=seconds,
+                peak_device_gib=self._engine().peak_device_gib,
+            )
             checksum = google_crc32c.Checksum()
             with path.open("rb") as file:
                 async for chunk in _chunks(file, 0, path.stat().st_size):
