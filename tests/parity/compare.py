@@ -1,4 +1,4 @@
-"""`python -m tests.parity.compare DIR`: every golden comparison of a folder, a line each; exit status 1 if any fails."""
+"""`python -m tests.parity.compare DIR`: every golden comparison of a folder, a line each; status 1 if any fails."""
 
 from __future__ import annotations
 
