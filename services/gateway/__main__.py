@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from ovi.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from services.gateway.artifacts import Artifacts
 from services.gateway.config import GatewayOptions, PipelineOptions, StageAddresses
-from services.gateway.database import DATABASE_FILE, DataDirInUse, DataDirLock, open_database
+from services.gateway.database import DATABASE_FILE, CannotStart, DataDirLock, open_database
 from services.gateway.engine import GatewayEngine
 from services.gateway.http_app import GatewayPhase, HttpSide, make_app
 from services.gateway.images import ImageStore
@@ -36,7 +38,7 @@ async def run(options: GatewayOptions) -> None:
     """Own the data folder, take up unfinished jobs, serve until a signal.
 
     Raises:
-        DataDirInUse: another gateway owns the data folder.
+        CannotStart: the data folder is another gateway's, or cannot be used.
     """
     with DataDirLock(options.data_dir):
         await _run_owner(options)
@@ -60,10 +62,19 @@ async def _run_owner(options: GatewayOptions) -> None:
     pipeline = Pipeline(database, tracker, work, options.pipeline)
     engine = GatewayEngine(tracker, pipeline, catalog, artifacts, images, metrics)
     app = make_app(engine, clients, artifacts, metrics, phase)
-    http = HttpSide(app, host=listen.host, port=options.http_port, grace_s=listen.grace_s)
+    try:
+        http = HttpSide(app, host=listen.host, port=options.http_port, grace_s=listen.grace_s)
+    except OSError as error:
+        raise CannotStart(
+            f"--http-port {options.http_port} on {listen.host}: {error.strerror}; choose another"
+        ) from None
 
     async def load() -> None:
-        store.create_tables()
+        try:
+            store.create_tables()
+        except sa.exc.DatabaseError as error:
+            what = f"{options.data_dir / DATABASE_FILE} cannot be used ({error.orig})"
+            raise CannotStart(f"{what}; move it away or put a backup in its place") from None
         http.start()
         await pipeline.launch()
         phase.serving = True
@@ -143,7 +154,7 @@ def main() -> None:
     )
     try:
         run_service("gateway", args.log_level, options, run(options))
-    except DataDirInUse as error:
+    except CannotStart as error:
         get_logger(__name__).error("cannot start", reason=error.message)
         raise SystemExit(EXIT_BAD_CONFIG) from None
 

@@ -17,7 +17,13 @@ _LOCK_FILE = "gateway.lock"
 _BUSY_TIMEOUT_MS = 30_000
 
 
-class DataDirInUse(FailedPrecondition):
+class CannotStart(FailedPrecondition):
+    """The data folder or a port cannot be used as it is; starting again does not help."""
+
+    reason = "CANNOT_START"
+
+
+class DataDirInUse(CannotStart):
     """Another gateway owns the data folder."""
 
     reason = "DATA_DIR_IN_USE"
@@ -33,11 +39,15 @@ class DataDirLock:
 
         Raises:
             DataDirInUse: another process owns it.
-            OSError: it cannot be made or written.
+            CannotStart: it cannot be made or written.
         """
-        data_dir.mkdir(parents=True, exist_ok=True)
-        path = data_dir / _LOCK_FILE
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(data_dir / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CannotStart(
+                f"--data-dir {data_dir} cannot be used: {error.strerror}; choose another folder"
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

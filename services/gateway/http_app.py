@@ -80,7 +80,7 @@ def make_app(
             "total_jobs": sum(counts.values()),
         }
 
-    @app.get("/api/videos/{name}")
+    @app.api_route("/api/videos/{name}", methods=["GET", "HEAD"])
     async def video(name: str) -> FileResponse:
         """A finished clip; parts of it by Range."""
         job_id = name.removesuffix(".mp4")

@@ -1,4 +1,7 @@
-"""Is this request one that can be made? Everything wrong with it is found at once, before anything is queued. Pure."""
+"""Is this request one that can be made? Everything wrong with it is found at once, before anything is queued. Pure.
+
+The request comes as protobuf: its fields know whether they were given, and what is absent takes a default here.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,9 +50,15 @@ def test_killed_gateway_goes_on_where_it_was(stages, data_dir):
         kill(gateway)
     assert call.ended.wait(WAIT_S), "the worker is told that nobody waits any more"
     with running_gateway(data_dir, *stages.flags) as gateway:
-        stages.fusion.next_call().finish()
-        end = gateway.end_of(job.id)
-        assert end.state == pb.JOB_STATE_COMPLETED and end.attempts == 2
+        call = stages.fusion.next_call()
+        watch = gateway.watch(job.id)
+        seen = [next(watch)]
+        call.finish()
+        seen += watch
+        end = seen[-1]
+        assert end.state == pb.JOB_STATE_COMPLETED and {state.attempts for state in seen} == {2}
+        fractions = [state.progress.fraction for state in seen]
+        assert fractions == sorted(fractions), "progress never goes back within an attempt"
         assert gateway.download(job.id) == clip_of(41)
     assert len(stages.text_encoder.requests) == 1, "a finished stage is not repeated"
     assert len(stages.vae.decodes) == 1
@@ -286,3 +293,21 @@ def test_second_gateway_on_the_same_data_is_refused(stages, data_dir):
         job, call = begin(first, stages)
         call.finish()
         assert first.end_of(job.id).state == pb.JOB_STATE_COMPLETED
+
+
+def test_what_keeps_a_gateway_from_starting_is_said(stages, data_dir):
+    data_dir.mkdir()
+    (data_dir / "ovi.sqlite3").write_bytes(b"no database" * 1000)
+    with running_gateway(data_dir, *stages.flags, serving=False) as gateway:
+        assert gateway.service.process.wait(WAIT_S) == EXIT_BAD_CONFIG
+    assert "ovi.sqlite3 cannot be used" in str(gateway.service.log[-1])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with running_gateway(data_dir, "--http-port", port, serving=False) as gateway:
+            assert gateway.service.process.wait(WAIT_S) == EXIT_BAD_CONFIG
+    assert f"--http-port {port}" in str(gateway.service.log[-1])
+    (data_dir / "ovi.sqlite3").unlink()
+    with running_gateway(data_dir, *stages.flags) as gateway:
+        job, call = begin(gateway, stages)
+        call.finish()
+        assert gateway.end_of(job.id).state == pb.JOB_STATE_COMPLETED

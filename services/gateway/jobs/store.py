@@ -116,23 +116,18 @@ class JobStore:
         return {state: counts.get(state.value, 0) for state in JobState}
 
     def begin(self, job_id: str, now_s: float) -> Job | None:
-        """Count one more attempt and set RUNNING; None if the job has ended or is gone."""
+        """Count one more attempt and set RUNNING, nothing done yet; None if the job has ended or is gone."""
         return self._change(
             job_id,
             state=JobState.RUNNING.value,
             attempts=jobs.c.attempts + 1,
+            **_columns(Progress()),
             start_time_s=sa.func.coalesce(jobs.c.start_time_s, now_s),
         )
 
     def save(self, job_id: str, progress: Progress, stage_seconds: Mapping[str, float]) -> Job | None:
         """Keep how far an unfinished job is and how long its finished stages took; None if it has ended or is gone."""
-        return self._change(
-            job_id,
-            stage=progress.stage.value,
-            done=progress.done,
-            total=progress.total,
-            stage_seconds=dict(stage_seconds),
-        )
+        return self._change(job_id, **_columns(progress), stage_seconds=dict(stage_seconds))
 
     def finish(self, job_id: str, ending: Ending, now_s: float, progress: Progress | None = None) -> Job | None:
         """Write the terminal state, unless there is one already: the first stands.
@@ -150,7 +145,7 @@ class JobStore:
         if ending.video is not None:
             progress = Progress(JobStage.DONE)
         if progress is not None:
-            values |= {"stage": progress.stage.value, "done": progress.done, "total": progress.total}
+            values |= _columns(progress)
         if ending.failure is not None:
             values |= {"error_code": ending.failure.code, "error_message": ending.failure.message}
         if ending.video is not None:
@@ -179,6 +174,10 @@ class JobStore:
     def _row(self, condition: sa.ColumnElement[bool]) -> sa.RowMapping | None:
         with self._engine.connect() as connection:
             return connection.execute(sa.select(jobs).where(condition)).mappings().one_or_none()
+
+
+def _columns(progress: Progress) -> dict[str, Any]:
+    return {"stage": progress.stage.value, "done": progress.done, "total": progress.total}
 
 
 def _make_token(seq: int, states: list[str]) -> str:

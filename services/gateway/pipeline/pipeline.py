@@ -166,8 +166,8 @@ class Pipeline:
             await asyncio.sleep(_RECONCILE_S)
             try:
                 await self.reconcile()
-            except sa.exc.DatabaseError as error:
-                log.error("the database cannot be read", reason=str(error))
+            except (sa.exc.SQLAlchemyError, engine_error.DBOSException) as error:
+                log.error("table and workflows could not be compared", reason=str(error))
 
     async def _stop(self, job_ids: Sequence[str]) -> None:
         tasks = {self._running[job_id] for job_id in job_ids if job_id in self._running}
