@@ -19,7 +19,7 @@ from cli.client import ENDED, GatewayClient
 from cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandFailed, UsageProblem, errors_in_words
 from cli.interrupt import Interrupted, run_interruptible
 from cli.progress import job_view
-from cli.words import STATE_STYLES, as_dict, describe_video, state_word
+from cli.words import STAGES, STATE_STYLES, as_dict, describe_video, state_word
 from ovi.gateway.v1 import gateway_pb2 as pb
 
 jobs_app = typer.Typer(help="List, show, watch, cancel, delete and download jobs of a gateway.", no_args_is_help=True)
@@ -47,17 +47,18 @@ def list_jobs(
                 _print_json(job)
             return
         table = Table(box=None, header_style="dim", pad_edge=False)
-        for heading in ("id", "state", "done", "created", "took", "prompt"):
+        for heading in ("id", "state", "created", "took", "prompt"):
+            # The prompt's column may shrink, and its text is then cut; ids stay whole, to be copied.
             table.add_column(heading, no_wrap=heading != "prompt")
         for job in jobs:
             took = _seconds(job)
+            part = f" {job.progress.fraction:.0%}" if job.state == pb.JOB_STATE_RUNNING else ""
             table.add_row(
                 job.id,
-                Text(state_word(job.state), style=STATE_STYLES.get(job.state, "")),
-                f"{job.progress.fraction:.0%}",
-                _local_time(job.create_time.ToDatetime(UTC)),
+                Text(state_word(job.state) + part, style=STATE_STYLES.get(job.state, "")),
+                _local_time(job.create_time.ToDatetime(UTC))[5:16],
                 "" if took is None else f"{took:.0f} s",
-                Text(job.parameters.prompt[:100]),
+                Text(job.parameters.prompt[:200], no_wrap=True, overflow="ellipsis"),
             )
         Console().print(table if jobs else "No jobs.")
 
@@ -179,7 +180,9 @@ def _print_job(job: pb.Job, as_json: bool) -> None:
             f" {options.audio_guidance_scale:g}, shift {options.flow_shift:g}, skipped block {options.slg_layer}"
         ),
         "created": _local_time(job.create_time.ToDatetime(UTC)),
-        "stages": ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.stage_seconds.items())),
+        "stages": ", ".join(
+            f"{name} {job.stage_seconds[key]:.1f} s" for key, name, _ in STAGES.values() if key in job.stage_seconds
+        ),
         "progress": f"{job.progress.fraction:.0%}" if job.state not in ENDED else "",
         "error": f"{job.error.message} ({job.error.code})" if job.HasField("error") else "",
         "video": f"{describe_video(job.video)}, {job.video.url_path}" if job.HasField("video") else "",
