@@ -43,9 +43,6 @@ def make_app(
     """The HTTP application."""
     app = FastAPI(title="ovi-serve", docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def own_state() -> str:
-        return _SERVING if phase.serving else "NOT_SERVING"
-
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process lives."""
@@ -54,7 +51,7 @@ def make_app(
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         """The gateway and every stage serve; 503 and which one does not, otherwise."""
-        services = {"gateway": await own_state(), **await clients.health()}
+        services = {"gateway": _SERVING if phase.serving else "NOT_SERVING", **await clients.health()}
         waiting = [name for name, state in services.items() if state != _SERVING]
         body: dict[str, Any] = {"status": "not_ready" if waiting else "ready", "services": services}
         if waiting:
@@ -80,6 +77,11 @@ def make_app(
             "total_jobs": sum(counts.values()),
         }
 
+    _add_videos(app, engine, artifacts)
+    return app
+
+
+def _add_videos(app: FastAPI, engine: GatewayEngine, artifacts: Artifacts) -> None:
     @app.api_route("/api/videos/{name}", methods=["GET", "HEAD"])
     async def video(name: str) -> FileResponse:
         """A finished clip; parts of it by Range."""
@@ -94,8 +96,6 @@ def make_app(
         if job.state is not JobState.COMPLETED or not path.is_file():
             raise HTTPException(404, f"{job_id} has no video: it is {job.state.value}")
         return FileResponse(path, media_type="video/mp4", filename=name, content_disposition_type="inline")
-
-    return app
 
 
 class _Server(uvicorn.Server):

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ParamSpec
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 
@@ -31,6 +31,8 @@ from shared.logging import get_logger
 from shared.shapes import FPS
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
+
+P = ParamSpec("P")
 
 log = get_logger(__name__)
 
@@ -112,7 +114,7 @@ class JobWork:
             outcome = [result.video_latent, result.audio_latent]
             video, audio = await asyncio.gather(*(self._fetch(ref) for ref in outcome))
             latents = Latents(video, audio)
-            await asyncio.to_thread(self.artifacts.write_latents, job_id, latents, metadata)
+            await _write(self.artifacts.write_latents, job_id, latents, metadata)
             await self._release([*refs, *outcome])
 
     async def decode(self, job_id: str) -> VideoInfo:
@@ -172,10 +174,10 @@ class JobWork:
                         if kind == "progress":
                             await self.tracker.advance(job_id, event.progress.frames_done, event.progress.frames_total)
                         elif kind == "chunk":
-                            await asyncio.to_thread(writer.write, event.chunk)
+                            await _write(writer.write, event.chunk)
                         else:
                             clip = event.summary
-                            await asyncio.to_thread(writer.finish, num_bytes=clip.num_bytes, crc32c=clip.crc32c)
+                            await _write(writer.finish, num_bytes=clip.num_bytes, crc32c=clip.crc32c)
                             return VideoInfo(clip.num_bytes, clip.size.height, clip.size.width, clip.num_frames, FPS)
             raise CorruptTensor("the VAE service ended the stream without a summary")
         finally:
@@ -231,6 +233,16 @@ class JobWork:
         begun_s = time.monotonic()
         yield job
         await self.tracker.leave(job_id, stage, time.monotonic() - begun_s)
+
+
+async def _write(write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Write files in a thread. A cancel waits for the thread, so that no file appears after a job's folder was deleted."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait({writing})
+        raise
 
 
 def _denoise_request(job: Job, refs: Sequence[tensor_pb2.TensorRef]) -> fusion_pb2.DenoiseRequest:

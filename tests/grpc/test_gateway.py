@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -286,6 +288,29 @@ def test_cancel_leaves_an_ended_job_as_it_is(gateway):
     gateway.end_of(job.id)
     assert gateway.cancel(job.id).state == pb.JOB_STATE_COMPLETED
     assert gateway.download(job.id) == clip_of(5)
+
+
+def test_cancel_and_completion_race_to_one_end(gateway, stages, data_dir):
+    delays = random.Random(1)
+
+    def race(seed: int) -> pb.Job:
+        job = gateway.create(seed=seed, steps=1)
+        if delays.random() < 0.7:
+            gateway.until(job.id, lambda now: now.progress.fraction > delays.random() or now.state >= 3)
+        answered = gateway.cancel(job.id)
+        end = gateway.end_of(job.id)
+        assert answered.state == end.state == gateway.get(job.id).state, "the state that was told is the last"
+        return end
+
+    with ThreadPoolExecutor(6) as threads:
+        ends = list(threads.map(race, range(40)))
+    for seed, end in enumerate(ends):
+        if end.state == pb.JOB_STATE_COMPLETED:
+            assert gateway.download(end.id) == clip_of(seed)
+        else:
+            assert end.state == pb.JOB_STATE_CANCELLED and not end.HasField("video")
+            assert not (data_dir / "artifacts" / end.id).exists()
+    assert pb.JOB_STATE_CANCELLED in {end.state for end in ends}
 
 
 def test_cancel_while_decoding(gateway, stages, data_dir):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -94,8 +93,3 @@ def parameters_from_json(values: Mapping[str, Any]) -> ClipParameters:
     options = dict(values["options"])
     options["solver"] = Solver(options["solver"])
     return ClipParameters(**{**values, "options": SamplingOptions(**options)})
-
-
-def request_hash(parameters: bytes) -> str:
-    """Tells two requests apart by their parameters as they were asked, before defaults are filled in."""
-    return hashlib.sha256(parameters).hexdigest()
