@@ -236,12 +236,13 @@ class JobWork:
 
 
 async def _write(write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Write files in a thread. A cancel waits for the thread, so that no file appears after a job's folder was deleted."""
+    """Write files in a thread. A cancel waits for it, so that no file appears after a job's folder was deleted."""
     writing = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
     try:
         await asyncio.shield(writing)
     except asyncio.CancelledError:
         await asyncio.wait({writing})
+        writing.exception()
         raise
 
 
