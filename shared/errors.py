@@ -92,10 +92,17 @@ class CorruptTensor(OviError):
 
 
 class ResourceExhausted(OviError):
-    """A queue is full or memory is out; try later or smaller."""
+    """A queue or a store is full; try later."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "RESOURCE_EXHAUSTED"
+
+
+class OutOfMemory(OviError):
+    """The device has not enough memory for this work; the same call would fail again."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "OUT_OF_MEMORY"
 
 
 class Unavailable(OviError):
@@ -139,6 +146,7 @@ ERRORS: tuple[type[OviError], ...] = (
     CheckpointError,
     CorruptTensor,
     ResourceExhausted,
+    OutOfMemory,
     Unavailable,
     DeadlineExceeded,
     Cancelled,

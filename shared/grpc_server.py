@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_status import rpc_status
 
-from shared.errors import Internal, InvalidRequest, OviError, ResourceExhausted, Unavailable
+from shared.errors import Internal, InvalidRequest, OutOfMemory, OviError, Unavailable
 from shared.grpc_client import REQUEST_ID_KEY
 from shared.logging import get_logger
 
@@ -30,7 +30,8 @@ log = get_logger(__name__)
 def status_of(error: Exception) -> grpc.Status:
     """The gRPC status of any exception, by the table in `shared.errors`; unknown ones are logged under a new id."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        error = ResourceExhausted(f"out of device memory: {str(error).splitlines()[0]}")
+        what = str(error).splitlines()[0]
+        error = OutOfMemory(f"out of device memory: {what} Ask for a smaller size, or free the device")
     if not isinstance(error, OviError):
         error_id = secrets.token_hex(8)
         log.error("unexpected error", error_id=error_id, exc_info=error)
