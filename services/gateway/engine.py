@@ -15,7 +15,7 @@ from services.gateway.jobs.domain import Job, JobState, new_job_id
 from services.gateway.jobs.store import JobPage
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.models import ModelCatalog, ModelInfo
+from services.gateway.models import ModelCatalog, ModelInfo, runnable
 from services.gateway.pipeline import Pipeline
 from services.gateway.validation import validate
 from shared.errors import FailedPrecondition, InvalidRequest
@@ -145,7 +145,7 @@ class GatewayEngine:
         Raises:
             Unavailable: the fusion service is away or loading.
         """
-        return list((await self._catalog.current()).values())
+        return list(runnable(await self._catalog.current()).values())
 
     async def count_by_state(self) -> dict[JobState, int]:
         """Number of jobs in every state."""

@@ -14,7 +14,7 @@ _FRESH_S = 5.0
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A variant that the fusion service can run."""
+    """A variant whose file the fusion service has."""
 
     id: str
     sizes: tuple[tuple[int, int], ...]
@@ -30,10 +30,17 @@ class ModelInfo:
     device: str
     fingerprint: str
     """Of the weight file."""
+    problem: str = ""
+    """Why it cannot be run, in the fusion service's words; the fields above but the id are then empty."""
+
+
+def runnable(models: Mapping[str, ModelInfo]) -> dict[str, ModelInfo]:
+    """Those without a problem, in order."""
+    return {model.id: model for model in models.values() if not model.problem}
 
 
 class ModelCatalog:
-    """The variants, first the default; asked for again when the answer is a few seconds old."""
+    """The variants, those that can be run first; asked for again when the answer is a few seconds old."""
 
     def __init__(self, describe: Callable[[], Awaitable[tuple[ModelInfo, ...]]]) -> None:
         """
@@ -81,7 +88,8 @@ class ModelCatalog:
             Unavailable: the fusion service is away or loading.
         """
         models = await self.current()
-        if model_id not in models:
-            legal = ", ".join(models) or "none"
+        model = models.get(model_id)
+        if model is None or model.problem:
+            legal = ", ".join(runnable(models)) or "none"
             raise InvalidRequest.of("model", f"{model_id!r} cannot be run any more, allowed is {legal}")
-        return models[model_id]
+        return model

@@ -115,7 +115,7 @@ class FusionClient:
         return _events(self._stub.Denoise(request, metadata=_metadata(job_id)), self.name, self.address)
 
     async def describe(self) -> tuple[ModelInfo, ...]:
-        """The variants that can be run.
+        """The variants whose files are there, those that can be run first.
 
         Raises:
             OviError: by the table.
@@ -141,9 +141,9 @@ class FusionClient:
                 precision=variant.precision,
                 device=response.device,
                 fingerprint=variant.fingerprint,
+                problem=variant.problem,
             )
             for variant in response.variants
-            if not variant.problem
         )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from ovi.gateway.v1 import gateway_pb2 as pb
 from services.gateway.images import ImageInfo
 from services.gateway.jobs.domain import ClipParameters
-from services.gateway.models import ModelInfo
+from services.gateway.models import ModelInfo, runnable
 from shared.errors import FieldViolation, InvalidRequest
 from shared.generation_proto import sampling_options_from_proto
 from shared.sampling_options import SamplingOptions, check_sampling_options
@@ -40,7 +40,7 @@ def validate(
     Args:
         request_id: chosen by the client; may be empty.
         parameters: as asked.
-        models: variants that can be made, by id; the first is the default.
+        models: variants by id, with those that cannot be run; the first that can is the default.
         image: the kept picture that `parameters.image_id` names; None if it is not kept.
 
     Raises:
@@ -85,11 +85,13 @@ class _Check:
         self.violations.append(FieldViolation(field, description))
 
     def model(self, parameters: pb.GenerationParameters, models: Mapping[str, ModelInfo]) -> ModelInfo | None:
-        wanted = parameters.model or next(iter(models), "")
-        if wanted not in models:
-            legal = ", ".join(models) or "none: no model can be run, see the log of the fusion service"
-            self.wrong("parameters.model", f"got {wanted[:80]!r}, allowed is {legal}")
-        return models.get(wanted)
+        legal = runnable(models)
+        wanted = parameters.model or next(iter(legal), "")
+        if wanted not in legal:
+            names = ", ".join(legal) or "none: no model can be run, see the log of the fusion service"
+            why = f", which cannot be run ({models[wanted].problem})" if wanted in models else ""
+            self.wrong("parameters.model", f"got {wanted[:80]!r}{why}, allowed is {names}")
+        return legal.get(wanted)
 
     def optional_text(self, parameters: pb.GenerationParameters, field: _NegativeField, default: str) -> str:
         return self.text(field, getattr(parameters, field), fewest=0) if parameters.HasField(field) else default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,17 @@ def test_defaults_are_filled_in():
     assert wanted.video_negative_prompt == DEFAULT_VIDEO_NEGATIVE
     assert wanted.audio_negative_prompt == DEFAULT_AUDIO_NEGATIVE
     assert wanted.image_id == ""
+
+
+def test_a_damaged_model_is_named_with_its_file_and_never_the_default():
+    damaged = replace(model("720x720_5s", 720, 121), problem="Ovi/model.safetensors: truncated")
+    models = {damaged.id: damaged} | MODELS
+    assert validate("", request(), models, None).model == "960x960_5s"
+    with pytest.raises(InvalidRequest) as caught:
+        validate("", request(model=damaged.id), models, None)
+    (violation,) = caught.value.violations
+    assert violation.field == "parameters.model"
+    assert "Ovi/model.safetensors: truncated" in violation.description and "960x960_10s" in violation.description
 
 
 def test_what_is_given_is_kept():
