@@ -19,7 +19,7 @@ from services.fusion.attention import AttentionKernel, select_attention
 from services.fusion.checkpoint import build, layout
 from services.fusion.model.config import PATCH_AREA, RELEASED, FusionConfig
 from services.fusion.model.fusion import FusionModel, RopeTables, TextCache
-from services.fusion.model.layers import Rope
+from services.fusion.model.layers import Ops, Rope
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Forward:
         self._text: TextCache = model.encode_text(prompt, prompt)
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._model(self._video, self._audio, self._timestep, self._text, self._rope, self._kernel.call)
+        return self._model(self._video, self._audio, self._timestep, self._text, self._rope, Ops.of(self._kernel.call))
 
 
 def profile(forward: Forward) -> str:
