@@ -13,7 +13,16 @@ from services.fusion.checkpoint import FusionFile
 from services.fusion.model.fusion import FusionModel, RopeTables
 from services.fusion.model.layers import Ops, Rope
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
-from services.fusion.sampling.denoise import Conditions, Latents, Predictor, StepDone, bind, denoise, draw_noise
+from services.fusion.sampling.denoise import (
+    Conditions,
+    Latents,
+    Predictor,
+    StepDone,
+    bind_forward,
+    bind_guidance,
+    denoise,
+    draw_noise,
+)
 from shared.device_memory import peak_gib, reset_peak
 from shared.errors import CheckpointError, InvalidRequest
 from shared.logging import get_logger
@@ -145,4 +154,4 @@ class FusionEngine:
             negative=negative,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
-        return bind(network, rope, Ops.of(self.attention.call)), conditions
+        return bind_guidance(bind_forward(network, rope, Ops.of(self.attention.call))), conditions

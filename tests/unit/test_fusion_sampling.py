@@ -8,7 +8,16 @@ import torch
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build
 from services.fusion.model.layers import Ops
-from services.fusion.sampling.denoise import Conditions, Latents, StepDone, bind, denoise, draw_noise, guided
+from services.fusion.sampling.denoise import (
+    Conditions,
+    Latents,
+    StepDone,
+    bind_forward,
+    bind_guidance,
+    denoise,
+    draw_noise,
+    guided,
+)
 from services.fusion.sampling.solvers import FlowSolver
 from shared.sampling_options import SamplingOptions, Solver, check_sampling_options
 from tests.fusion_checkpoint import SMALL, random_weights
@@ -35,7 +44,7 @@ class Recorder:
     def __init__(self, model) -> None:
         self._model = model
         self.calls = []
-        self.predict = bind(self._forward, model.rope_tables(VIDEO[1:], AUDIO[0]), Ops.of(sdpa))
+        self.predict = bind_guidance(bind_forward(self._forward, model.rope_tables(VIDEO[1:], AUDIO[0]), Ops.of(sdpa)))
 
     def __call__(self, *arguments, **keywords):
         return self.predict(*arguments, **keywords)

@@ -44,6 +44,16 @@ class Conditions:
     """Latent of the given picture; None for text to video."""
 
 
+class Forward(Protocol):
+    """One pass of the model for one shape."""
+
+    def __call__(
+        self, latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
+    ) -> Latents:
+        """Velocities of the latents' shapes, float32."""
+        ...
+
+
 class Predictor(Protocol):
     """The model for one shape: the velocities a step needs."""
 
@@ -112,8 +122,8 @@ def denoise(
     yield with_first_frame(latents, conditions.first_frame_CHW)
 
 
-def bind(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Predictor:
-    """A model as a Predictor: one pass after the other."""
+def bind_forward(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Forward:
+    """A model as a Forward for one shape."""
 
     def forward(
         latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
@@ -130,6 +140,12 @@ def bind(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Predictor:
                 skip_layer=skip_layer,
             )
         )
+
+    return forward
+
+
+def bind_guidance(forward: Forward) -> Predictor:
+    """A Predictor that makes one pass after the other."""
 
     def predict(
         latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
