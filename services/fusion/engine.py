@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from services.fusion.attention import select_attention
 from services.fusion.checkpoint import FusionFile
 from services.fusion.model.fusion import FusionModel, RopeTables
-from services.fusion.model.layers import Ops, Rope
+from services.fusion.model.layers import Rope
+from services.fusion.ops import Kernels, select_ops
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import (
     Conditions,
@@ -37,18 +37,21 @@ class FusionEngine:
     `load` and `denoise` are called on one thread only, the device's.
     """
 
-    def __init__(self, checkpoints: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoints: Path, device: torch.device, dtype: torch.dtype, kernels: Kernels = Kernels.AUTO
+    ) -> None:
         """
         Args:
             checkpoints: folder in the released layout.
             device: where the model runs.
             dtype: arithmetic of the model.
+            kernels: implementations of the blocks' operations.
         """
         self._checkpoints = checkpoints
         self._device = device
         self._dtype = dtype
         self._loaded: tuple[str, FusionModel] | None = None
-        self.attention = select_attention(device, dtype)
+        self.ops = select_ops(device, dtype, kernels)
         self.served: dict[str, ServedVariant] = {}
         """Variants that can be run, by id."""
         self.problems: dict[str, str] = {}
@@ -154,4 +157,4 @@ class FusionEngine:
             negative=negative,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
-        return bind_guidance(bind_forward(network, rope, Ops.of(self.attention.call))), conditions
+        return bind_guidance(bind_forward(network, rope, self.ops.ops)), conditions

@@ -12,8 +12,8 @@ import triton.language as tl
 from services.fusion.model.layers import EPS, Rope
 
 
-@triton.jit
-def _norm_rope_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm_rope_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
     rotation_ptr,
@@ -45,7 +45,9 @@ def _norm_rope_kernel(
     tl.store(rotated_ptr + token * dim + channel, rotated.to(rotated_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x_TD: torch.Tensor, weight_D: torch.Tensor, rope: Rope, num_heads: int, normed_TD: torch.Tensor | None):
+def _launch(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, rope: Rope, num_heads: int, normed_TD: torch.Tensor | None
+) -> torch.Tensor:
     x_TD = x_TD.contiguous()
     tokens, dim = x_TD.shape
     rotated_TD = torch.empty_like(x_TD)

@@ -21,7 +21,7 @@ class Group:
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Equal tensors of all ranks, stacked (size, ...)."""
         out = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(out.flatten(0, 1) if tensor.ndim else out, tensor.contiguous(), group=self.group)
+        dist.all_gather(list(out.unbind()), tensor.contiguous(), group=self.group)
         return out
 
     def gather_rows(self, rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:

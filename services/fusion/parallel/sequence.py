@@ -1,7 +1,8 @@
 """Sequence parallelism: video tokens spread over ranks, audio tokens and text on every rank.
 
 Three collectives a block: video self-attention trades tokens for heads and back (Ulysses, arXiv 2309.14509), and audio
-queries attend to each rank's video tokens, merged exactly by their log-sum-exp. Video queries to text and audio need none.
+queries attend to each rank's video tokens, merged exactly by their log-sum-exp. Video queries to text and audio
+need none.
 """
 
 from __future__ import annotations
