@@ -1,6 +1,6 @@
 """Time one forward of the fusion model at released widths with random weights on one GPU.
 
-`python -m benchmarks.fusion [--clips 720x720_5s,...] [--repeats 5] [--profile] [--json FILE]`
+`python -m benchmarks.fusion [--clips 720x720_5s,...] [--kernels reference] [--repeats 5] [--profile] [--json FILE]`
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from services.fusion.attention import AttentionKernel, select_attention
+from services.fusion.attention import select_attention
 from services.fusion.checkpoint import build, layout
 from services.fusion.model.config import PATCH_AREA, RELEASED, FusionConfig
 from services.fusion.model.fusion import FusionModel, RopeTables, TextCache
-from services.fusion.model.layers import Rope
+from services.fusion.model.layers import Ops, Rope
+from services.fusion.ops import Kernels, select_ops
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ def median_seconds(call: object, repeats: int) -> float:
 class Forward:
     """One forward of a clip, ready to be called."""
 
-    def __init__(self, model: FusionModel, clip: Clip, kernel: AttentionKernel, device: torch.device) -> None:
+    def __init__(self, model: FusionModel, clip: Clip, ops: Ops, device: torch.device) -> None:
         dtype = torch.bfloat16
-        self._model, self._kernel = model, kernel
+        self._model, self._ops = model, ops
         self._video = torch.randn(48, clip.frames, clip.height, clip.width, device=device)
         self._audio = torch.randn(clip.audio_length, 20, device=device)
         self._timestep = torch.tensor(500.0, device=device)
@@ -118,7 +119,7 @@ class Forward:
         self._text: TextCache = model.encode_text(prompt, prompt)
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._model(self._video, self._audio, self._timestep, self._text, self._rope, self._kernel.call)
+        return self._model(self._video, self._audio, self._timestep, self._text, self._rope, self._ops)
 
 
 def profile(forward: Forward) -> str:
@@ -135,11 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", default=",".join(CLIPS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
     parser.add_argument("--profile", action="store_true", help="print the costliest kernels of the first clip")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda", 0)
-    kernel = select_attention(device, torch.bfloat16)
+    selected = select_ops(device, torch.bfloat16, Kernels(args.kernels))
     product_rate, attention_rate, copy_rate = measure_rates(device)
     torch.cuda.empty_cache()
     rates = {
@@ -149,13 +151,13 @@ def main() -> None:
     }
     out = sys.stdout.write
     name = torch.cuda.get_device_name(device)
-    out(f"{name}, torch {torch.__version__}, attention {kernel.name}, {rates}\n")
+    out(f"{name}, torch {torch.__version__}, {selected.name}, {rates}\n")
     model = random_model(RELEASED, device)
     rows = []
     for clip_name in args.clips.split(","):
         clip = CLIPS[clip_name]
         torch.cuda.reset_peak_memory_stats()
-        forward = Forward(model, clip, kernel, device)
+        forward = Forward(model, clip, selected.ops, device)
         seconds = median_seconds(forward, args.repeats)
         products, attention = count_flop(RELEASED, clip)
         floor = products / product_rate + attention / attention_rate
@@ -170,7 +172,7 @@ def main() -> None:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "device": name,
             "torch": torch.__version__,
-            "attention": kernel.name,
+            "kernels": selected.name,
             "rates": rates,
             "rows": [asdict(row) for row in rows],
         }

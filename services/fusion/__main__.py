@@ -7,6 +7,7 @@ import asyncio
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
+from services.fusion.ops import Kernels
 from services.fusion.servicer import FusionServicer
 from shared.device_worker import DeviceWorker
 from shared.grpc_server import GrpcService, serve
@@ -22,7 +23,7 @@ DEFAULT_PORT = 50052
 async def run(options: FusionOptions) -> None:
     """Load the first model, serve until a signal."""
     stage = options.stage
-    engine = FusionEngine(stage.checkpoints, stage.device, stage.precision)
+    engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels)
     worker = DeviceWorker("fusion", max_pending=stage.max_pending)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
@@ -52,8 +53,14 @@ def main() -> None:
     """Parse flags and run."""
     parser = stage_parser("fusion", DEFAULT_PORT)
     parser.add_argument("--model", choices=sorted(VARIANTS), help="variant to load at start (default: the first found)")
+    parser.add_argument(
+        "--kernels",
+        choices=[kernels.value for kernels in Kernels],
+        default="auto",
+        help="auto: fused where they can run (default: %(default)s)",
+    )
     args = parser.parse_args()
-    options = FusionOptions(stage=stage_options(args), model=args.model)
+    options = FusionOptions(stage=stage_options(args), model=args.model, kernels=Kernels(args.kernels))
     run_service("fusion", args.log_level, options, run(options))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.fusion.ops import Kernels
 from shared.service_main import StageOptions
 
 
@@ -14,3 +15,5 @@ class FusionOptions:
     stage: StageOptions
     model: str | None
     """Variant to load at start; None loads the first that the folder has."""
+    kernels: Kernels
+    """Implementations of the blocks' operations."""

@@ -8,12 +8,21 @@ from pathlib import Path
 
 import torch
 
-from services.fusion.attention import select_attention
 from services.fusion.checkpoint import FusionFile
 from services.fusion.model.fusion import FusionModel, RopeTables
 from services.fusion.model.layers import Rope
+from services.fusion.ops import Kernels, select_ops
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
-from services.fusion.sampling.denoise import Conditions, Latents, Predictor, StepDone, bind, denoise, draw_noise
+from services.fusion.sampling.denoise import (
+    Conditions,
+    Latents,
+    Predictor,
+    StepDone,
+    bind_forward,
+    bind_guidance,
+    denoise,
+    draw_noise,
+)
 from shared.device_memory import peak_gib, reset_peak
 from shared.errors import CheckpointError, InvalidRequest
 from shared.logging import get_logger
@@ -28,18 +37,21 @@ class FusionEngine:
     `load` and `denoise` are called on one thread only, the device's.
     """
 
-    def __init__(self, checkpoints: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoints: Path, device: torch.device, dtype: torch.dtype, kernels: Kernels = Kernels.AUTO
+    ) -> None:
         """
         Args:
             checkpoints: folder in the released layout.
             device: where the model runs.
             dtype: arithmetic of the model.
+            kernels: implementations of the blocks' operations.
         """
         self._checkpoints = checkpoints
         self._device = device
         self._dtype = dtype
         self._loaded: tuple[str, FusionModel] | None = None
-        self.attention = select_attention(device, dtype)
+        self.ops = select_ops(device, dtype, kernels)
         self.served: dict[str, ServedVariant] = {}
         """Variants that can be run, by id."""
         self.problems: dict[str, str] = {}
@@ -145,4 +157,4 @@ class FusionEngine:
             negative=negative,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
-        return bind(network, rope, self.attention.call), conditions
+        return bind_guidance(bind_forward(network, rope, self.ops.ops)), conditions

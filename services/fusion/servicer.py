@@ -77,7 +77,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         return pb.DescribeModelResponse(
             variants=variants,
             device=device_name(self._options.device),
-            attention=self._engine.attention.name,
+            kernels=self._engine.ops.name,
             num_pending=self._worker.num_pending,
         )
 

@@ -244,7 +244,7 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
             fingerprint="0123456789abcdef",
         )
         broken = fusion_pb2.Variant(id="960x960_5s", problem="model_960x960.safetensors is truncated")
-        return fusion_pb2.DescribeModelResponse(variants=[variant, broken], device="script", attention="none")
+        return fusion_pb2.DescribeModelResponse(variants=[variant, broken], device="script", kernels="none")
 
 
 _INPUTS = ("prompt", "video_negative", "audio_negative", "first_frame_latent")

@@ -18,7 +18,8 @@ from ovi.fusion.v1 import fusion_pb2 as pb
 from ovi.fusion.v1 import fusion_pb2_grpc as pb_grpc
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import FusionFile
-from services.fusion.sampling.denoise import Conditions, bind, denoise, draw_noise
+from services.fusion.model.layers import Ops
+from services.fusion.sampling.denoise import Conditions, bind_forward, bind_guidance, denoise, draw_noise
 from shared.sampling_options import SamplingOptions
 from shared.service_main import EXIT_BAD_CONFIG
 from shared.tensors.service import TensorServer
@@ -103,7 +104,7 @@ def reference(checkpoints, first_frame=None) -> tuple[torch.Tensor, torch.Tensor
     model = FusionFile.open(checkpoints / "Ovi" / "model.safetensors").load(torch.device("cpu"), torch.float32)
     with torch.inference_mode():
         conditions = Conditions(model.encode_text(rows(1), rows(1)), model.encode_text(rows(2), rows(3)), first_frame)
-    predict = bind(model, model.rope_tables(VIDEO[1:], AUDIO[0]), sdpa)
+    predict = bind_guidance(bind_forward(model, model.rope_tables(VIDEO[1:], AUDIO[0]), Ops.of(sdpa)))
     options = SamplingOptions(num_inference_steps=3, slg_layer=1, seed=7)
     *_, latents = denoise(predict, draw_noise(VIDEO, AUDIO, 7), conditions, options)
     return latents.video_CFHW, latents.audio_SC

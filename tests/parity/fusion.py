@@ -10,7 +10,8 @@ import torch
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build, infer_config, layout
 from services.fusion.model.fusion import FusionModel
-from services.fusion.sampling.denoise import Conditions, Latents, bind, denoise
+from services.fusion.model.layers import Ops
+from services.fusion.sampling.denoise import Conditions, Latents, bind_forward, bind_guidance, denoise
 from services.fusion.sampling.solvers import FlowSolver
 from shared.checkpoints import layout_of, require_layout
 from shared.sampling_options import SamplingOptions, Solver
@@ -42,7 +43,7 @@ def model_comparisons(golden: Path) -> Iterator[Comparison]:
             torch.tensor(case["timestep"]),
             text,
             model.rope_tables((video_shape[0], video_shape[1], video_shape[2]), len(inputs["audio_latent"])),
-            sdpa,
+            Ops.of(sdpa),
             clean_first_frame=case["first_frame_is_clean"],
             skip_layer=case["slg_layer"],
         )
@@ -96,7 +97,7 @@ def pipeline_comparisons(golden: Path) -> Iterator[Comparison]:
         _, frames, height, width = tensors["video_noise"].shape
         rope = model.rope_tables((frames, height, width), len(tensors["audio_noise"]))
         noise = Latents(tensors["video_noise"], tensors["audio_noise"])
-        *_, final = denoise(bind(model, rope, sdpa), noise, conditions, options)
+        *_, final = denoise(bind_guidance(bind_forward(model, rope, Ops.of(sdpa))), noise, conditions, options)
         if not isinstance(final, Latents):
             raise TypeError("a run must end with its latents")
         yield Comparison("pipeline", name, "video_latent", max_abs_err(final.video_CFHW, tensors["video_latent"]))

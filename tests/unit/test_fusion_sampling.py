@@ -7,7 +7,17 @@ import torch
 
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build
-from services.fusion.sampling.denoise import Conditions, Latents, StepDone, bind, denoise, draw_noise, guided
+from services.fusion.model.layers import Ops
+from services.fusion.sampling.denoise import (
+    Conditions,
+    Latents,
+    StepDone,
+    bind_forward,
+    bind_guidance,
+    denoise,
+    draw_noise,
+    guided,
+)
 from services.fusion.sampling.solvers import FlowSolver
 from shared.sampling_options import SamplingOptions, Solver, check_sampling_options
 from tests.fusion_checkpoint import SMALL, random_weights
@@ -29,19 +39,23 @@ def conditions(model):
 
 
 class Recorder:
-    """A predictor that notes how it was called."""
+    """A model that notes how it was called, as a predictor."""
 
-    def __init__(self, predict) -> None:
-        self._predict = predict
+    def __init__(self, model) -> None:
+        self._model = model
         self.calls = []
+        self.predict = bind_guidance(bind_forward(self._forward, model.rope_tables(VIDEO[1:], AUDIO[0]), Ops.of(sdpa)))
 
-    def __call__(self, latents, timestep, text, **keywords):
-        self.calls.append((float(timestep), text, keywords, latents))
-        return self._predict(latents, timestep, text, **keywords)
+    def __call__(self, *arguments, **keywords):
+        return self.predict(*arguments, **keywords)
+
+    def _forward(self, video, audio, timestep, text, rope, ops, **keywords):
+        self.calls.append((float(timestep), text, keywords, Latents(video, audio)))
+        return self._model(video, audio, timestep, text, rope, ops, **keywords)
 
 
 def predictor(model) -> Recorder:
-    return Recorder(bind(model, model.rope_tables(VIDEO[1:], AUDIO[0]), sdpa))
+    return Recorder(model)
 
 
 def final(events) -> Latents:

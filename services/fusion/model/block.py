@@ -10,11 +10,11 @@ from torch import nn
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.layers import (
     EPS,
-    Attention,
     Modulation,
     ModulationTable,
     RMSNorm,
     Rope,
+    TowerOps,
     add_gated,
     modulated_norm,
 )
@@ -34,6 +34,7 @@ class Stream(NamedTuple):
     """Time rows of the modulation, float32; R = 2 where the first `clean` tokens have a time of their own."""
     clean: int
     rope: Rope
+    ops: TowerOps
 
 
 class SelfAttention(nn.Module):
@@ -46,13 +47,12 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
-    def forward(self, x_TD: torch.Tensor, rope: Rope, attention: Attention) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, rope: Rope, ops: TowerOps) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        heads = (self.num_heads, -1)
-        q_TNK = rope.apply(self.norm_q(self.q(x_TD)).unflatten(-1, heads))
-        k_TNK = rope.apply(self.norm_k(self.k(x_TD)).unflatten(-1, heads))
-        v_TNK = self.v(x_TD).unflatten(-1, heads)
-        return self.o(attention(q_TNK, k_TNK, v_TNK).flatten(1))
+        q_TNK = ops.norm_rope(self.q(x_TD), self.norm_q.weight, rope, self.num_heads)
+        k_TNK = ops.norm_rope(self.k(x_TD), self.norm_k.weight, rope, self.num_heads)
+        v_TNK = self.v(x_TD).unflatten(-1, (self.num_heads, -1))
+        return self.o(ops.self_attention(q_TNK, k_TNK, v_TNK).flatten(1))
 
 
 class CrossFusion(nn.Module):
@@ -78,16 +78,15 @@ class CrossFusion(nn.Module):
         text: TextKV,
         other_SD: torch.Tensor,
         other_rope: Rope,
-        attention: Attention,
+        ops: TowerOps,
     ) -> torch.Tensor:
         """(T, D) -> (T, D); `other_SD` are the tokens of the other tower."""
-        heads = (self.num_heads, -1)
-        q_TNK = self.norm_q(self.q(x_TD)).unflatten(-1, heads)
+        q_TNK, rotated_q_TNK = ops.norm_and_rope(self.q(x_TD), self.norm_q.weight, rope, self.num_heads)
         y_SD = self.pre_attn_norm_fusion(other_SD)
-        k_SNK = other_rope.apply(self.norm_k_fusion(self.k_fusion(y_SD)).unflatten(-1, heads))
-        v_SNK = self.v_fusion(y_SD).unflatten(-1, heads)
-        from_text_TNK = attention(q_TNK, text.k_LNK, text.v_LNK)
-        from_other_TNK = attention(rope.apply(q_TNK), k_SNK, v_SNK)
+        k_SNK = ops.norm_rope(self.k_fusion(y_SD), self.norm_k_fusion.weight, other_rope, self.num_heads)
+        v_SNK = self.v_fusion(y_SD).unflatten(-1, (self.num_heads, -1))
+        from_text_TNK = ops.text_attention(q_TNK, text.k_LNK, text.v_LNK)
+        from_other_TNK = ops.other_attention(rotated_q_TNK, k_SNK, v_SNK)
         return self.o((from_text_TNK + from_other_TNK).flatten(1))
 
 
@@ -110,12 +109,10 @@ class TowerBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(stream.time_R6D).unbind(1)
         return Modulation(shift1, scale1, gate1), Modulation(shift2, scale2, gate2)
 
-    def attend_self(
-        self, x_TD: torch.Tensor, modulation: Modulation, stream: Stream, attention: Attention
-    ) -> torch.Tensor:
+    def attend_self(self, x_TD: torch.Tensor, modulation: Modulation, stream: Stream) -> torch.Tensor:
         """x + gate * SelfAttn(modulated LN(x))."""
         y_TD = modulated_norm(x_TD, modulation.shift_RD, modulation.scale_RD, stream.clean)
-        return add_gated(x_TD, self.self_attn(y_TD, stream.rope, attention), modulation.gate_RD, stream.clean)
+        return add_gated(x_TD, self.self_attn(y_TD, stream.rope, stream.ops), modulation.gate_RD, stream.clean)
 
     def attend_others(
         self,
@@ -125,12 +122,12 @@ class TowerBlock(nn.Module):
         text: TextKV,
         other_SD: torch.Tensor,
         other_rope: Rope,
-        attention: Attention,
     ) -> torch.Tensor:
         """x + CrossFusion(norm3(x)), then x + gate * FFN(modulated LN(x))."""
-        x_TD = x_TD + self.cross_attn(self.norm3(x_TD), stream.rope, text, other_SD, other_rope, attention)
+        ops = stream.ops
+        x_TD = x_TD + self.cross_attn(self.norm3(x_TD), stream.rope, text, other_SD, other_rope, ops)
         y_TD = modulated_norm(x_TD, modulation.shift_RD, modulation.scale_RD, stream.clean)
-        return add_gated(x_TD, self.ffn(y_TD), modulation.gate_RD, stream.clean)
+        return add_gated(x_TD, self.ffn[2](ops.linear_gelu(self.ffn[0], y_TD)), modulation.gate_RD, stream.clean)
 
 
 class FusedBlock(nn.Module):
@@ -149,18 +146,13 @@ class FusedBlock(nn.Module):
         audio_stream: Stream,
         video_text: TextKV,
         audio_text: TextKV,
-        attention: Attention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(video tokens, audio tokens) -> the same, one block later; each tower sees the other's state before it."""
         video_mod1, video_mod2 = self.video.modulations(video_stream)
         audio_mod1, audio_mod2 = self.audio.modulations(audio_stream)
-        audio_SD = self.audio.attend_self(audio_SD, audio_mod1, audio_stream, attention)
-        video_TD = self.video.attend_self(video_TD, video_mod1, video_stream, attention)
+        audio_SD = self.audio.attend_self(audio_SD, audio_mod1, audio_stream)
+        video_TD = self.video.attend_self(video_TD, video_mod1, video_stream)
         return (
-            self.video.attend_others(
-                video_TD, video_mod2, video_stream, video_text, audio_SD, audio_stream.rope, attention
-            ),
-            self.audio.attend_others(
-                audio_SD, audio_mod2, audio_stream, audio_text, video_TD, video_stream.rope, attention
-            ),
+            self.video.attend_others(video_TD, video_mod2, video_stream, video_text, audio_SD, audio_stream.rope),
+            self.audio.attend_others(audio_SD, audio_mod2, audio_stream, audio_text, video_TD, video_stream.rope),
         )

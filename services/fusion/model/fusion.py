@@ -11,7 +11,7 @@ from torch import nn
 from services.fusion.model.block import FusedBlock, Stream, TextKV, TowerBlock
 from services.fusion.model.config import PATCH_AREA, FusionConfig
 from services.fusion.model.layers import (
-    Attention,
+    Ops,
     Rope,
     audio_rope,
     linear_fp32,
@@ -35,6 +35,15 @@ class RopeTables(NamedTuple):
 
     video: Rope
     audio: Rope
+
+
+class TimeRows(NamedTuple):
+    """Time rows of a step, float32: (R, D) for the heads, (R, 6, D) for the blocks."""
+
+    video_RD: torch.Tensor
+    video_R6D: torch.Tensor
+    audio_RD: torch.Tensor
+    audio_R6D: torch.Tensor
 
 
 class Head(nn.Module):
@@ -108,9 +117,10 @@ class VideoTower(Tower):
         weight = self.patch_embedding.weight
         return F.linear(patches_TC.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
-    def unpatch(self, values_TP: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        """(T, 2*2*C) -> (C, F, H, W)."""
-        patches = values_TP.view(*grid, 2, 2, -1)
+    def unpatch(self, values_TP: torch.Tensor, shape_CFHW: torch.Size) -> torch.Tensor:
+        """(T, 2*2*C) -> a latent of this shape."""
+        _, frames, height, width = shape_CFHW
+        patches = values_TP.view(frames, height // 2, width // 2, 2, 2, -1)
         return patches.permute(5, 0, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
@@ -166,7 +176,7 @@ class FusionModel(nn.Module):
         timestep: torch.Tensor,
         text: TextCache,
         rope: RopeTables,
-        attention: Attention,
+        ops: Ops,
         *,
         clean_first_frame: bool = False,
         skip_layer: int = 0,
@@ -179,30 +189,65 @@ class FusionModel(nn.Module):
             timestep: scalar tensor, 0..1000, on the latents' device.
             text: from `encode_text`.
             rope: from `rope_tables`, on the latents' device.
-            attention: unmasked attention.
+            ops: implementations of the block's operations, see `Ops`.
             clean_first_frame: latent frame 0 is a given picture; its tokens have timestep 0.
             skip_layer: block left out (skip-layer guidance); 0 leaves none out.
 
         Returns:
             Velocities of the latents' shapes, float32.
         """
-        _, frames, height, width = video_CFHW.shape
-        grid = (frames, height // 2, width // 2)
+        per_frame = video_CFHW.shape[2] * video_CFHW.shape[3] // PATCH_AREA
+        video_TP, audio_out_SC = self.transform(
+            self.video_model.embed(video_CFHW),
+            self.audio_model.embed(audio_SC),
+            self.time_rows(timestep, clean_first_frame=clean_first_frame),
+            per_frame if clean_first_frame else 0,
+            text,
+            rope,
+            ops,
+            skip_layer=skip_layer,
+        )
+        return self.video_model.unpatch(video_TP, video_CFHW.shape).float(), audio_out_SC.float()
+
+    def time_rows(self, timestep: torch.Tensor, *, clean_first_frame: bool) -> TimeRows:
+        """The modulation's time rows of a step; the video tower has two where its first frame is clean."""
         timestep_1 = timestep.reshape(1)
-        video_timestep_R = torch.cat([torch.zeros_like(timestep_1), timestep_1]) if clean_first_frame else timestep_1
-        clean = grid[1] * grid[2] if clean_first_frame else 0
-        video_time_RD, video_time_R6D = self.video_model.time_rows(video_timestep_R)
-        audio_time_RD, audio_time_R6D = self.audio_model.time_rows(timestep_1)
-        video_stream = Stream(video_time_R6D, clean, rope.video)
-        audio_stream = Stream(audio_time_R6D, 0, rope.audio)
-        video_TD = self.video_model.embed(video_CFHW)
-        audio_SD = self.audio_model.embed(audio_SC)
+        timestep_R = torch.cat([torch.zeros_like(timestep_1), timestep_1]) if clean_first_frame else timestep_1
+        return TimeRows(*self.video_model.time_rows(timestep_R), *self.audio_model.time_rows(timestep_1))
+
+    def transform(
+        self,
+        video_TD: torch.Tensor,
+        audio_SD: torch.Tensor,
+        time: TimeRows,
+        clean: int,
+        text: TextCache,
+        rope: RopeTables,
+        ops: Ops,
+        *,
+        skip_layer: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and heads: tokens to values (T, 4 C) and (S, C).
+
+        Args:
+            video_TD: video tokens, or a run of them if `ops` and `rope` are made for it.
+            audio_SD: audio tokens.
+            time: from `time_rows`.
+            clean: how many of the first video tokens have timestep 0.
+            text: from `encode_text`.
+            rope: of these tokens.
+            ops: implementations of the blocks' operations.
+            skip_layer: block left out; 0 leaves none out.
+        """
+        video_stream = Stream(time.video_R6D, clean, rope.video, ops.video)
+        audio_stream = Stream(time.audio_R6D, 0, rope.audio, ops.audio)
         for index, block in enumerate(self.fused_blocks):
             if index and index == skip_layer:
                 continue
             video_TD, audio_SD = block(
-                video_TD, audio_SD, video_stream, audio_stream, text.video[index], text.audio[index], attention
+                video_TD, audio_SD, video_stream, audio_stream, text.video[index], text.audio[index]
             )
-        video_TP = self.video_model.head(video_TD, video_time_RD, clean)
-        audio_SC = self.audio_model.head(audio_SD, audio_time_RD, 0)
-        return self.video_model.unpatch(video_TP, grid).float(), audio_SC.float()
+        return (
+            self.video_model.head(video_TD, time.video_RD, clean),
+            self.audio_model.head(audio_SD, time.audio_RD, 0),
+        )

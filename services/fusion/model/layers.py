@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,13 @@ from services.fusion.model.config import AUDIO_ROPE_SCALE
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q_TNK, k_SNK, v_SNK) -> o_TNK: unmasked softmax attention with scale K^-0.5."""
+
+NormRope = Callable[[torch.Tensor, torch.Tensor, "Rope", int], torch.Tensor]
+"""(x_TD, weight_D, rope, num_heads) -> RMS-normed over D, split into heads, rotated, (T, N, K)."""
+NormAndRope = Callable[[torch.Tensor, torch.Tensor, "Rope", int], tuple[torch.Tensor, torch.Tensor]]
+"""The same, giving the normed heads both without and with rotation."""
+LinearGelu = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+"""(linear, x) -> GELU(linear(x)), tanh form."""
 
 EPS = 1e-6
 
@@ -122,6 +130,50 @@ def linear_fp32(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A Linear in float32 whatever its weights are stored in; for the few rows of the time embedding."""
     assert isinstance(layer, nn.Linear)
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+def norm_rope(x_TD: torch.Tensor, weight_D: torch.Tensor, rope: Rope, num_heads: int) -> torch.Tensor:
+    """Reference of NormRope."""
+    return rope.apply(F.rms_norm(x_TD, weight_D.shape, weight_D, EPS).unflatten(-1, (num_heads, -1)))
+
+
+def norm_and_rope(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, rope: Rope, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference of NormAndRope."""
+    normed_TNK = F.rms_norm(x_TD, weight_D.shape, weight_D, EPS).unflatten(-1, (num_heads, -1))
+    return normed_TNK, rope.apply(normed_TNK)
+
+
+def linear_gelu(linear: nn.Module, x_TD: torch.Tensor) -> torch.Tensor:
+    """Reference of LinearGelu."""
+    return F.gelu(linear(x_TD), approximate="tanh")
+
+
+@dataclass(frozen=True)
+class TowerOps:
+    """The operations of a tower that have several implementations of one function; chosen from outside."""
+
+    self_attention: Attention
+    text_attention: Attention
+    other_attention: Attention
+    """To the tokens of the other tower."""
+    norm_rope: NormRope = norm_rope
+    norm_and_rope: NormAndRope = norm_and_rope
+    linear_gelu: LinearGelu = linear_gelu
+
+
+class Ops(NamedTuple):
+    """The operations of both towers."""
+
+    video: TowerOps
+    audio: TowerOps
+
+    @classmethod
+    def of(cls, attention: Attention) -> Ops:
+        """One attention everywhere, the reference of everything else."""
+        tower = TowerOps(attention, attention, attention)
+        return cls(tower, tower)
 
 
 class RMSNorm(nn.Module):

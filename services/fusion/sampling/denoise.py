@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from services.fusion.model.fusion import RopeTables, TextCache
-from services.fusion.model.layers import Attention
+from services.fusion.model.layers import Ops
 from services.fusion.sampling.solvers import FlowSolver
 from shared.sampling_options import SamplingOptions
 
@@ -33,22 +33,6 @@ class Latents:
     audio_SC: torch.Tensor
 
 
-class Predictor(Protocol):
-    """The model with attention bound: one velocity prediction for both latents."""
-
-    def __call__(
-        self,
-        latents: Latents,
-        timestep: torch.Tensor,
-        text: TextCache,
-        *,
-        clean_first_frame: bool,
-        skip_layer: int,
-    ) -> Latents:
-        """Velocities of the latents' shapes, float32."""
-        ...
-
-
 @dataclass(frozen=True)
 class Conditions:
     """What a run is conditioned on, on the device."""
@@ -58,6 +42,26 @@ class Conditions:
     """None only where options.needs_negative_pass is False."""
     first_frame_CHW: torch.Tensor | None
     """Latent of the given picture; None for text to video."""
+
+
+class Forward(Protocol):
+    """One pass of the model for one shape."""
+
+    def __call__(
+        self, latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
+    ) -> Latents:
+        """Velocities of the latents' shapes, float32."""
+        ...
+
+
+class Predictor(Protocol):
+    """The model for one shape: the velocities a step needs."""
+
+    def __call__(
+        self, latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
+    ) -> tuple[Latents, Latents | None]:
+        """The prompt's velocities and, unless there is no negative, the negative ones without block `skip_layer`."""
+        ...
 
 
 def draw_noise(video_shape: tuple[int, ...], audio_shape: tuple[int, ...], seed: int) -> Latents:
@@ -100,20 +104,12 @@ def denoise(
     solver_args = (options.solver, options.num_inference_steps, options.flow_shift)
     video_solver, audio_solver = FlowSolver(*solver_args), FlowSolver(*solver_args)
     timesteps = torch.tensor(video_solver.timesteps, device=noise.video_CFHW.device)
-    clean = conditions.first_frame_CHW is not None
     latents = noise
     for index in range(options.num_inference_steps):
         start = time.perf_counter()
         latents = with_first_frame(latents, conditions.first_frame_CHW)
-        velocity = predict(latents, timesteps[index], conditions.prompt, clean_first_frame=clean, skip_layer=0)
-        if conditions.negative is not None:
-            negative = predict(
-                latents,
-                timesteps[index],
-                conditions.negative,
-                clean_first_frame=clean,
-                skip_layer=options.slg_layer,
-            )
+        velocity, negative = predict(latents, timesteps[index], conditions, skip_layer=options.slg_layer)
+        if negative is not None:
             velocity = guided(velocity, negative, options)
         latents = Latents(
             video_solver.step(velocity.video_CFHW, latents.video_CFHW),
@@ -126,22 +122,38 @@ def denoise(
     yield with_first_frame(latents, conditions.first_frame_CHW)
 
 
-def bind(model: torch.nn.Module, rope: RopeTables, attention: Attention) -> Predictor:
-    """A model as a Predictor for one shape."""
+def bind_forward(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Forward:
+    """A model as a Forward for one shape."""
 
-    def predict(
+    def forward(
         latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
     ) -> Latents:
-        video_CFHW, audio_SC = model(
-            latents.video_CFHW,
-            latents.audio_SC,
-            timestep,
-            text,
-            rope,
-            attention,
-            clean_first_frame=clean_first_frame,
-            skip_layer=skip_layer,
+        return Latents(
+            *model(
+                latents.video_CFHW,
+                latents.audio_SC,
+                timestep,
+                text,
+                rope,
+                ops,
+                clean_first_frame=clean_first_frame,
+                skip_layer=skip_layer,
+            )
         )
-        return Latents(video_CFHW, audio_SC)
+
+    return forward
+
+
+def bind_guidance(forward: Forward) -> Predictor:
+    """A Predictor that makes one pass after the other."""
+
+    def predict(
+        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
+    ) -> tuple[Latents, Latents | None]:
+        clean = conditions.first_frame_CHW is not None
+        positive = forward(latents, timestep, conditions.prompt, clean_first_frame=clean, skip_layer=0)
+        if conditions.negative is None:
+            return positive, None
+        return positive, forward(latents, timestep, conditions.negative, clean_first_frame=clean, skip_layer=skip_layer)
 
     return predict
