@@ -18,8 +18,8 @@ import torch
 from services.fusion.attention import select_attention
 from services.fusion.checkpoint import build, layout
 from services.fusion.model.config import PATCH_AREA, RELEASED, FusionConfig
-from services.fusion.model.fusion import FusionModel, RopeTables, TextCache
-from services.fusion.model.layers import Ops, Rope
+from services.fusion.model.fusion import FusionModel, TextCache
+from services.fusion.model.layers import Ops
 from services.fusion.ops import Kernels, select_ops
 
 
@@ -114,8 +114,7 @@ class Forward:
         self._audio = torch.randn(clip.audio_length, 20, device=device)
         self._timestep = torch.tensor(500.0, device=device)
         prompt = torch.randn(100, model.config.text_dim, device=device, dtype=dtype)
-        tables = model.rope_tables((clip.frames, clip.height, clip.width), clip.audio_length)
-        self._rope = RopeTables(*(Rope(table.rotation.to(device)) for table in tables))
+        self._rope = model.rope_tables((clip.frames, clip.height, clip.width), clip.audio_length).to(device)
         self._text: TextCache = model.encode_text(prompt, prompt)
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,22 +45,17 @@ def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a checkpoint folder in the released layout")],
 ) -> None:
     """Check every file, key, shape and dtype of a folder; status 1 if anything needed is missing or wrong."""
-    from rich.table import Table
-
     from cli.checkpoints.check import Verdict, check_folder
 
     console = Console()
     report = check_folder(folder)
     colours = {Verdict.GOOD: "green", Verdict.ABSENT: "yellow", Verdict.MISSING: "red", Verdict.WRONG: "red"}
-    table = Table(title=escape(str(folder)))
-    table.add_column("file", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("what it holds", overflow="fold")
+    console.print(escape(str(folder)), style="bold", soft_wrap=True)
     for file in report.files:
-        verdict = f"[{colours[file.verdict]}]{file.verdict.value}[/]"
-        table.add_row(escape(file.name), verdict, _size(file.num_bytes), escape(file.description))
-    console.print(table)
+        verdict = f"[{colours[file.verdict]}]{file.verdict.value:7}[/]"
+        console.print(f"{verdict}  {_size(file.num_bytes):>8}  {escape(file.name)}", highlight=False, soft_wrap=True)
+        if file.description:
+            console.print(f"{'':19}{escape(file.description)}", style="dim", highlight=False, soft_wrap=True)
     for problem in report.problems:
         say_error(problem)
     console.print(escape(report.summary), soft_wrap=True)

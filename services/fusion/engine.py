@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from services.fusion.checkpoint import FusionFile
-from services.fusion.model.fusion import FusionModel, RopeTables
-from services.fusion.model.layers import Rope
+from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Kernels, select_ops
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import (
@@ -142,8 +141,7 @@ class FusionEngine:
         self, network: FusionModel, noise: Latents, spec: RunSpec, inputs: RunInputs
     ) -> tuple[Predictor, Conditions]:
         _, frames, height, width = noise.video_CFHW.shape
-        tables = network.rope_tables((frames, height, width), len(noise.audio_SC))
-        rope = RopeTables(*(Rope(table.rotation.to(self._device)) for table in tables))
+        rope = network.rope_tables((frames, height, width), len(noise.audio_SC)).to(self._device)
         negative = None
         if spec.options.needs_negative_pass:
             assert inputs.video_negative_LC is not None and inputs.audio_negative_LC is not None, "check_run saw them"

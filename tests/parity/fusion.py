@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build, infer_config, layout
 from services.fusion.model.fusion import FusionModel
 from services.fusion.model.layers import Ops
+from services.fusion.ops import Kernels, select_ops
 from services.fusion.sampling.denoise import Conditions, Latents, bind_forward, bind_guidance, denoise
 from services.fusion.sampling.solvers import FlowSolver
 from shared.checkpoints import layout_of, require_layout
@@ -18,37 +19,54 @@ from shared.sampling_options import SamplingOptions, Solver
 from tests.parity.comparison import SCHEDULER_TOLERANCE, Comparison, GoldenFile, max_abs_err
 
 
-def _model(path: Path) -> FusionModel:
+@dataclass(frozen=True)
+class Place:
+    """Where the model runs, in float32, and with which implementations of its operations."""
+
+    device: torch.device
+    kernels: Kernels
+
+    @property
+    def ops(self) -> Ops:
+        """The selected operations."""
+        return select_ops(self.device, torch.float32, self.kernels).ops
+
+
+CPU = Place(torch.device("cpu"), Kernels.REFERENCE)
+
+
+def _model(path: Path, place: Place) -> FusionModel:
     golden = GoldenFile.read(path)
     weights = golden.weights("weights.")
     widths = golden.json("video_config")
     config = infer_config(layout_of(weights), path, num_heads=widths["num_heads"], text_len=widths["text_len"])
     require_layout(path, layout_of(weights), layout(config))
-    return build(config, weights)
+    return build(config, {key: weight.to(place.device) for key, weight in weights.items()})
 
 
 @torch.inference_mode()
-def model_comparisons(golden: Path) -> Iterator[Comparison]:
+def model_comparisons(golden: Path, place: Place = CPU) -> Iterator[Comparison]:
     """Every forward case of fusion.safetensors."""
     path = golden / "fusion.safetensors"
-    file, model = GoldenFile.read(path), _model(path)
+    file, model = GoldenFile.read(path), _model(path, place)
     for index, case in enumerate(file.json("cases")):
         name = f"case{index}"
-        inputs = {key: file.tensors[f"{name}.{key}"] for key in ("video_latent", "audio_latent")}
-        text = model.encode_text(file.tensors[f"{name}.video_context"], file.tensors[f"{name}.audio_context"])
-        _, *video_shape = inputs["video_latent"].shape
+        names = ("video_latent", "audio_latent", "video_context", "audio_context")
+        inputs = {key: file.tensors[f"{name}.{key}"].to(place.device) for key in names}
+        text = model.encode_text(inputs["video_context"], inputs["audio_context"])
+        _, frames, height, width = inputs["video_latent"].shape
         outputs = model(
             inputs["video_latent"],
             inputs["audio_latent"],
-            torch.tensor(case["timestep"]),
+            torch.tensor(case["timestep"], device=place.device),
             text,
-            model.rope_tables((video_shape[0], video_shape[1], video_shape[2]), len(inputs["audio_latent"])),
-            Ops.of(sdpa),
+            model.rope_tables((frames, height, width), len(inputs["audio_latent"])).to(place.device),
+            place.ops,
             clean_first_frame=case["first_frame_is_clean"],
             skip_layer=case["slg_layer"],
         )
         for output, ours in zip(("video_out", "audio_out"), outputs, strict=True):
-            yield Comparison("fusion", name, output, max_abs_err(ours, file.tensors[f"{name}.{output}"]))
+            yield Comparison("fusion", name, output, max_abs_err(ours.cpu(), file.tensors[f"{name}.{output}"]))
 
 
 def scheduler_comparisons(golden: Path) -> Iterator[Comparison]:
@@ -74,13 +92,17 @@ def scheduler_comparisons(golden: Path) -> Iterator[Comparison]:
 
 
 @torch.inference_mode()
-def pipeline_comparisons(golden: Path) -> Iterator[Comparison]:
+def pipeline_comparisons(golden: Path, place: Place = CPU) -> Iterator[Comparison]:
     """Whole sampling runs of pipeline.safetensors, from given noise to final latents."""
     file = GoldenFile.read(golden / "pipeline.safetensors")
-    model = _model(golden / file.metadata["weights"])
+    model = _model(golden / file.metadata["weights"], place)
     for index, case in enumerate(file.json("cases")):
         name = f"case{index}"
-        tensors = {key.removeprefix(f"{name}."): value for key, value in file.tensors.items() if key.startswith(name)}
+        tensors = {
+            key.removeprefix(f"{name}."): value.to(place.device)
+            for key, value in file.tensors.items()
+            if key.startswith(f"{name}.")
+        }
         options = SamplingOptions(
             num_inference_steps=case["steps"],
             video_guidance_scale=case["video_guidance_scale"],
@@ -95,17 +117,17 @@ def pipeline_comparisons(golden: Path) -> Iterator[Comparison]:
             first_frame_CHW=tensors["first_frame_latent"][:, 0] if case["i2v"] else None,
         )
         _, frames, height, width = tensors["video_noise"].shape
-        rope = model.rope_tables((frames, height, width), len(tensors["audio_noise"]))
+        rope = model.rope_tables((frames, height, width), len(tensors["audio_noise"])).to(place.device)
         noise = Latents(tensors["video_noise"], tensors["audio_noise"])
-        *_, final = denoise(bind_guidance(bind_forward(model, rope, Ops.of(sdpa))), noise, conditions, options)
+        *_, final = denoise(bind_guidance(bind_forward(model, rope, place.ops)), noise, conditions, options)
         if not isinstance(final, Latents):
             raise TypeError("a run must end with its latents")
         yield Comparison("pipeline", name, "video_latent", max_abs_err(final.video_CFHW, tensors["video_latent"]))
         yield Comparison("pipeline", name, "audio_latent", max_abs_err(final.audio_SC, tensors["audio_latent"]))
 
 
-def comparisons(golden: Path) -> Iterator[Comparison]:
+def comparisons(golden: Path, place: Place = CPU) -> Iterator[Comparison]:
     """All of the above."""
-    yield from model_comparisons(golden)
+    yield from model_comparisons(golden, place)
     yield from scheduler_comparisons(golden)
-    yield from pipeline_comparisons(golden)
+    yield from pipeline_comparisons(golden, place)

@@ -41,6 +41,13 @@ def _png_claiming(width: int, height: int) -> bytes:
     )
 
 
+def _jpeg_claiming(width: int, height: int) -> bytes:
+    """A small JPEG whose frame header (SOF0: marker, length, precision, height, width) announces another size."""
+    data = bytearray(_encode(Image.new("L", (8, 8)), "JPEG"))
+    struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, height, width)
+    return bytes(data)
+
+
 def _webp_claiming(width: int, height: int) -> bytes:
     body = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     chunks = b"WEBPVP8X" + struct.pack("<I", len(body)) + body
@@ -101,12 +108,14 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
         pytest.param(_png_claiming(10_000, 10_000), id="png-100MP"),
         pytest.param(_png_claiming(2**31 - 1, 2**31 - 1), id="png-largest"),
         pytest.param(_png_claiming(60_000, 60_000), id="png-3.6GP"),
+        pytest.param(_jpeg_claiming(10_000, 10_000), id="jpeg-100MP"),
+        pytest.param(_jpeg_claiming(65_535, 65_535), id="jpeg-largest"),
         pytest.param(_webp_claiming(16_383, 16_383), id="webp-268MP"),
         pytest.param(_webp_claiming(2**24, 2**24), id="webp-largest"),
         pytest.param(_encode(Image.new("L", (8_000, 7_000)), "JPEG"), id="jpeg-56MP"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error")
 def test_bombs_are_refused_before_decoding(data: bytes) -> None:
     tracemalloc.start()
     try:

@@ -36,6 +36,10 @@ class RopeTables(NamedTuple):
     video: Rope
     audio: Rope
 
+    def to(self, device: torch.device) -> RopeTables:
+        """The same tables on a device."""
+        return RopeTables(*(Rope(table.rotation.to(device)) for table in self))
+
 
 class TimeRows(NamedTuple):
     """Time rows of a step, float32: (R, D) for the heads, (R, 6, D) for the blocks."""
