@@ -87,7 +87,8 @@ class FolderReport:
         good = [v.id for v in VARIANTS.values() if self._verdict(v.file) is Verdict.GOOD]
         absent = [v.id for v in VARIANTS.values() if self._verdict(v.file) is Verdict.ABSENT]
         if not self.complete:
-            return f"{len(self.problems)} problems. `ovi models synth --out DIR` makes a complete synthetic folder."
+            count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+            return f"{count}. `ovi models synth --out DIR` makes a complete synthetic folder."
         also = f" Not there: {', '.join(absent)}." if absent else ""
         return f"Complete: {', '.join(good)} can be served.{also}"
 

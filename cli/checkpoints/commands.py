@@ -47,15 +47,15 @@ def check(
     """Check every file, key, shape and dtype of a folder; status 1 if anything needed is missing or wrong."""
     from cli.checkpoints.check import Verdict, check_folder
 
-    console = Console()
+    console = Console(highlight=False)
     report = check_folder(folder)
     colours = {Verdict.GOOD: "green", Verdict.ABSENT: "yellow", Verdict.MISSING: "red", Verdict.WRONG: "red"}
     console.print(escape(str(folder)), style="bold", soft_wrap=True)
     for file in report.files:
         verdict = f"[{colours[file.verdict]}]{file.verdict.value:7}[/]"
-        console.print(f"{verdict}  {_size(file.num_bytes):>8}  {escape(file.name)}", highlight=False, soft_wrap=True)
+        console.print(f"{verdict}  {_size(file.num_bytes):>8}  {escape(file.name)}", soft_wrap=True)
         if file.description:
-            console.print(f"{'':19}{escape(file.description)}", style="dim", highlight=False, soft_wrap=True)
+            console.print(f"{'':19}{escape(file.description)}", style="dim", soft_wrap=True)
     for problem in report.problems:
         say_error(problem)
     console.print(escape(report.summary), soft_wrap=True)
