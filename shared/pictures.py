@@ -69,6 +69,8 @@ def open_picture(data: bytes, *, field: str) -> Image.Image:
             _check_size(opened.size, field)
             opened.load()
             return _flatten(ImageOps.exif_transpose(opened))
+    except Image.DecompressionBombError:
+        raise InvalidRequest.of(field, f"has too many pixels, allowed is at most {MAX_PICTURE_PIXELS}") from None
     except _DECODER_ERRORS as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise InvalidRequest.of(field, f"is a damaged or truncated {kind} file ({reason}); save it again") from None
