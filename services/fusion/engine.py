@@ -50,6 +50,8 @@ class FusionEngine:
         self._device = device
         self._dtype = dtype
         self._loaded: tuple[str, FusionModel] | None = None
+        # cuDNN would otherwise run float32 convolutions in TF32.
+        torch.backends.cudnn.allow_tf32 = False
         self.ops = select_ops(device, dtype, kernels)
         self.served: dict[str, ServedVariant] = {}
         """Variants that can be run, by id."""

@@ -36,6 +36,7 @@ CPU = Place(torch.device("cpu"), Kernels.REFERENCE)
 
 
 def _model(path: Path, place: Place) -> FusionModel:
+    torch.backends.cudnn.allow_tf32 = False  # as the engine does
     golden = GoldenFile.read(path)
     weights = golden.weights("weights.")
     widths = golden.json("video_config")
