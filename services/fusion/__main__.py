@@ -1,16 +1,26 @@
-"""`python -m services.fusion --checkpoints DIR`: the fusion service."""
+"""The fusion service: `python -m services.fusion --checkpoints DIR`, or the same through torchrun with a rank a GPU."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from dataclasses import replace
+
+import torch.distributed as dist
 
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
+from services.fusion.group import LeadingEngine, follow
+from services.fusion.model.config import RELEASED
 from services.fusion.ops import Kernels
+from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.ranks import Ranks, become_follower, end_with_parent, join_group, rank_device
 from services.fusion.servicer import FusionServicer
 from shared.device_worker import DeviceWorker
+from shared.errors import EXIT_BAD_CONFIG
 from shared.grpc_server import GrpcService, serve
+from shared.logging import configure_logging, get_logger
 from shared.service_main import run_service, stage_options, stage_parser
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
@@ -18,17 +28,19 @@ from shared.tensors.transport import TensorResolver
 from shared.variants import VARIANTS
 
 DEFAULT_PORT = 50052
+EXIT_GROUP_FAILED = 4
+"""Exit status of rank 0 after a failure that the other ranks cannot recover from; torchrun starts the group again."""
 
 
 async def run(options: FusionOptions) -> None:
-    """Load the first model, serve until a signal."""
+    """Load the first model, serve until a signal: the only rank, or rank 0 of several."""
     stage = options.stage
-    engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels)
+    engine = _make_engine(options)
     worker = DeviceWorker("fusion", max_pending=stage.max_pending)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
     resolver = TensorResolver.over_grpc(stage.producer_hosts)
-    servicer = FusionServicer(engine, worker, resolver, tensors, stage)
+    servicer = FusionServicer(engine, worker, resolver, tensors, options)
     service = GrpcService(
         fusion_pb2.DESCRIPTOR.services_by_name["FusionService"].full_name,
         lambda server: fusion_pb2_grpc.add_FusionServiceServicer_to_server(servicer, server),
@@ -45,8 +57,38 @@ async def run(options: FusionOptions) -> None:
         # A run that ended while draining is lost, and made again, if nobody can fetch its latents any more.
         await asyncio.to_thread(store.wait_empty, stage.listen.grace_s)
         tensors.stop(stage.listen.grace_s)
+        if isinstance(engine, LeadingEngine):
+            engine.stop_followers()
+            dist.destroy_process_group()
 
     await serve(stage.listen, [service], load=load, close=close)
+
+
+def _make_engine(options: FusionOptions) -> FusionEngine:
+    stage = options.stage
+    if options.ranks.world_size == 1:
+        return FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels)
+    groups, channel = join_group(options.plan, stage.device)
+    return LeadingEngine(
+        stage.checkpoints,
+        stage.device,
+        stage.precision,
+        options.kernels,
+        groups,
+        channel,
+        end_group=lambda: os._exit(EXIT_GROUP_FAILED),
+    )
+
+
+def run_follower(options: FusionOptions) -> None:
+    """Every rank but 0: follow rank 0 until it says stop."""
+    become_follower()
+    stage = options.stage
+    groups, channel = join_group(options.plan, stage.device)
+    engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels, groups)
+    engine.discover()
+    follow(engine, channel)
+    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -60,8 +102,22 @@ def main() -> None:
         help="auto: fused where they can run (default: %(default)s)",
     )
     args = parser.parse_args()
-    options = FusionOptions(stage=stage_options(args), model=args.model, kernels=Kernels(args.kernels))
-    run_service("fusion", args.log_level, options, run(options))
+    ranks = Ranks.from_environment(os.environ)
+    configure_logging("fusion", level=args.log_level, rank=ranks.rank)
+    try:
+        plan = ParallelPlan.auto(ranks.world_size, RELEASED.num_heads)
+    except ValueError as error:
+        get_logger(__name__).error("cannot start", reason=str(error))
+        raise SystemExit(EXIT_BAD_CONFIG) from None
+    stage = stage_options(args)
+    stage = replace(stage, device=rank_device(stage.device, ranks))
+    options = FusionOptions(stage, args.model, Kernels(args.kernels), ranks, plan)
+    if ranks.world_size > 1:
+        end_with_parent()
+    if ranks.rank > 0:
+        run_follower(options)
+    else:
+        run_service("fusion", args.log_level, options, run(options))
 
 
 if __name__ == "__main__":

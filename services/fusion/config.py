@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.fusion.ops import Kernels
+from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.ranks import Ranks
 from shared.service_main import StageOptions
 
 
 @dataclass(frozen=True)
 class FusionOptions:
-    """Flags of the fusion service, resolved."""
+    """Flags of the fusion service and what torchrun has set, resolved."""
 
     stage: StageOptions
     model: str | None
     """Variant to load at start; None loads the first that the folder has."""
     kernels: Kernels
     """Implementations of the blocks' operations."""
+    ranks: Ranks
+    """This process among those of the service."""
+    plan: ParallelPlan
+    """What the ranks share."""

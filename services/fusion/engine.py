@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from services.fusion.checkpoint import FusionFile
-from services.fusion.model.fusion import FusionModel
+from services.fusion.model.fusion import FusionModel, RopeTables
 from services.fusion.ops import Kernels, select_ops
+from services.fusion.parallel.groups import Groups
+from services.fusion.parallel.guidance import bind_split_guidance
+from services.fusion.parallel.sequence import SequenceParallelModel
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import (
     Conditions,
@@ -37,7 +40,12 @@ class FusionEngine:
     """
 
     def __init__(
-        self, checkpoints: Path, device: torch.device, dtype: torch.dtype, kernels: Kernels = Kernels.AUTO
+        self,
+        checkpoints: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: Kernels = Kernels.AUTO,
+        groups: Groups | None = None,
     ) -> None:
         """
         Args:
@@ -45,10 +53,12 @@ class FusionEngine:
             device: where the model runs.
             dtype: arithmetic of the model.
             kernels: implementations of the blocks' operations.
+            groups: ranks that share every run; None if this process is alone.
         """
         self._checkpoints = checkpoints
         self._device = device
         self._dtype = dtype
+        self._groups = groups
         self._loaded: tuple[str, FusionModel] | None = None
         # cuDNN would otherwise run float32 convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = False
@@ -75,6 +85,7 @@ class FusionEngine:
                 continue
             try:
                 file = FusionFile.open(path)
+                self._require_heads(file)
                 self.served[variant.id] = ServedVariant(variant, file, file.fingerprint())
             except CheckpointError as error:
                 log.error("variant cannot be served", model=variant.id, reason=error.message)
@@ -83,6 +94,12 @@ class FusionEngine:
             files = ", ".join(variant.file for variant in VARIANTS.values())
             why = "; ".join(self.problems.values()) or f"none of {files} is there; see `ovi models check`"
             raise CheckpointError(f"{self._checkpoints}: no fusion model can be served: {why}")
+
+    def _require_heads(self, file: FusionFile) -> None:
+        degree = self._groups.sequence.size if self._groups is not None else 1
+        if file.config.num_heads % degree:
+            what = f"{file.config.num_heads} heads cannot be shared by {degree} ranks"
+            raise CheckpointError(f"{file.header.path}: {what}; use another number of GPUs")
 
     def variant(self, model: str) -> ServedVariant:
         """The served variant of this id.
@@ -157,4 +174,14 @@ class FusionEngine:
             negative=negative,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
-        return bind_guidance(bind_forward(network, rope, self.ops.ops)), conditions
+        return self._predictor(network, rope), conditions
+
+    def _predictor(self, network: FusionModel, rope: RopeTables) -> Predictor:
+        """The model's passes, spread over the ranks if there are several."""
+        groups = self._groups
+        spread = groups is not None and groups.sequence.size > 1
+        model = SequenceParallelModel(network, groups.sequence) if groups is not None and spread else network
+        forward = bind_forward(model, rope, self.ops.ops)
+        if groups is not None and groups.guidance.size > 1:
+            return bind_split_guidance(forward, groups.guidance)
+        return bind_guidance(forward)

@@ -12,13 +12,14 @@ import torch
 from ovi.common.v1 import tensor_pb2
 from ovi.fusion.v1 import fusion_pb2 as pb
 from ovi.fusion.v1 import fusion_pb2_grpc as pb_grpc
+from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
 from services.fusion.request import RunInputs, RunSpec, ServedVariant, TensorShape, check_finite, check_run
 from services.fusion.sampling.denoise import Latents, StepDone
 from shared.device_worker import DeviceWorker
 from shared.errors import InvalidRequest
 from shared.generation_proto import prompt_format_to_proto, sampling_options_from_proto, size_to_proto
-from shared.service_main import StageOptions, device_name
+from shared.service_main import device_name
 from shared.shapes import FPS, common_sizes
 from shared.tensors.framing import spec_from_proto
 from shared.tensors.service import TensorServer
@@ -43,7 +44,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         worker: DeviceWorker,
         resolver: TensorResolver,
         tensors: TensorServer,
-        options: StageOptions,
+        options: FusionOptions,
     ) -> None:
         self._engine = engine
         self._worker = worker
@@ -76,9 +77,10 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         variants += [pb.Variant(id=model, problem=reason) for model, reason in self._engine.problems.items()]
         return pb.DescribeModelResponse(
             variants=variants,
-            device=device_name(self._options.device),
+            device=device_name(self._options.stage.device),
             kernels=self._engine.ops.name,
             num_pending=self._worker.num_pending,
+            plan=self._options.plan.describe(),
         )
 
     def _checked(self, request: pb.DenoiseRequest) -> tuple[RunSpec, dict[str, tensor_pb2.TensorRef]]:
@@ -107,6 +109,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
 
     def _variant(self, served: ServedVariant) -> pb.Variant:
         variant, file = served.variant, served.file
+        arithmetic = str(self._options.stage.precision).removeprefix("torch.")
         return pb.Variant(
             id=variant.id,
             loaded=self._engine.loaded_id == variant.id,
@@ -118,7 +121,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             num_layers=file.config.num_layers,
             text_dim=file.config.text_dim,
             prompt_format=prompt_format_to_proto(variant.prompt_format),
-            precision=f"{file.precision} weights, {str(self._options.precision).removeprefix('torch.')} arithmetic",
+            precision=f"{file.precision} weights, {arithmetic} arithmetic",
             fingerprint=served.fingerprint,
         )
 
