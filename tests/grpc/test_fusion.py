@@ -45,7 +45,9 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(checkpoints) -> Iterator[ServiceProcess]:
-    with running_service("fusion", "--checkpoints", str(checkpoints), "--max-pending", "2") as service:
+    # Most tests here leave latents unfetched, for which a drain waits; that it waits is shown by a test of its own.
+    flags = ("--checkpoints", str(checkpoints), "--max-pending", "2", "--grace-s", "1")
+    with running_service("fusion", *flags) as service:
         yield service
 
 
