@@ -15,6 +15,7 @@ import grpc
 import structlog
 import torch
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -84,6 +85,37 @@ class Readiness:
             raise Unavailable(f"the service is {self.phase.value}; try again soon")
 
 
+@dataclass(frozen=True)
+class _Malformed:
+    """Bytes that are no message of the method's type; they go on to where the error table answers."""
+
+    reason: str
+
+
+def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return _Malformed(str(error))
+
+    return read
+
+
+def _well_formed(message: Any) -> Any:
+    if isinstance(message, _Malformed):
+        raise InvalidRequest.of("request", f"is malformed ({message.reason}); encode it by this service's protos")
+    return message
+
+
+async def _each_well_formed(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for message in messages:
+        yield _well_formed(message)
+
+
 @contextlib.contextmanager
 def _request_context(method: str, metadata: Sequence[tuple[str, str | bytes]]) -> Iterator[None]:
     given = dict(metadata).get(REQUEST_ID_KEY)
@@ -107,13 +139,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith("/grpc."):
             return handler
+        check = _each_well_formed if handler.request_streaming else _well_formed
+        read = _lenient(handler.request_deserializer)
         if handler.response_streaming:
             stream = handler.stream_stream or handler.unary_stream
 
             async def call_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
                 async with (
                     self._guard(method, context),
-                    contextlib.aclosing(stream(request, context)) as responses,
+                    contextlib.aclosing(stream(check(request), context)) as responses,
                 ):
                     async for response in responses:
                         yield response
@@ -123,17 +157,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            return wrap(call_stream, handler.request_deserializer, handler.response_serializer)
+            return wrap(call_stream, read, handler.response_serializer)
         unary = handler.stream_unary or handler.unary_unary
 
         async def call_unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._guard(method, context):
-                return await unary(request, context)
+                return await unary(check(request), context)
 
         wrap = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        return wrap(call_unary, handler.request_deserializer, handler.response_serializer)
+        return wrap(call_unary, read, handler.response_serializer)
 
     @contextlib.asynccontextmanager
     async def _guard(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -161,23 +195,20 @@ class SyncErrorInterceptor(grpc.ServerInterceptor):
         if handler is None:
             return handler
         method = handler_call_details.method
+        read = _lenient(handler.request_deserializer)
         if handler.unary_stream:
 
             def call_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
                 with _request_context(method, context.invocation_metadata()), _abort_on_error(context):
-                    yield from handler.unary_stream(request, context)
+                    yield from handler.unary_stream(_well_formed(request), context)
 
-            return grpc.unary_stream_rpc_method_handler(
-                call_stream, handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_stream_rpc_method_handler(call_stream, read, handler.response_serializer)
 
         def call_unary(request: Any, context: grpc.ServicerContext) -> Any:
             with _request_context(method, context.invocation_metadata()), _abort_on_error(context):
-                return handler.unary_unary(request, context)
+                return handler.unary_unary(_well_formed(request), context)
 
-        return grpc.unary_unary_rpc_method_handler(
-            call_unary, handler.request_deserializer, handler.response_serializer
-        )
+        return grpc.unary_unary_rpc_method_handler(call_unary, read, handler.response_serializer)
 
 
 @contextlib.contextmanager

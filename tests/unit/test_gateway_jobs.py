@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +153,12 @@ def test_states_filter_pages_and_bind_their_tokens(store):
     for token in (page.next_page_token, "x", "é", "bnVsbA==", "WzFd"):
         with pytest.raises(InvalidRequest, match="page_token"):
             store.page(page_size=2, page_token=token, states=[JobState.QUEUED])
+    _, digest = json.loads(base64.urlsafe_b64decode(page.next_page_token))
+    nested = base64.urlsafe_b64encode(b"[" * 200_000).decode()
+    forged = [base64.urlsafe_b64encode(json.dumps([seq, digest]).encode()).decode() for seq in (True, 2**63, -1, 0.5)]
+    for token in (nested, *forged):
+        with pytest.raises(InvalidRequest, match="page_token"):
+            store.page(page_size=2, page_token=token, states=[JobState.CANCELLED])
     assert store.count_by_state()[JobState.CANCELLED] == 3 and store.count_by_state()[JobState.RUNNING] == 0
     assert store.unfinished_ids() == ids[1::2]
 

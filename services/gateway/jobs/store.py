@@ -22,6 +22,8 @@ from services.gateway.jobs.schema import job_of, jobs, metadata, row_of
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound
 
 _UNFINISHED = [state.value for state in UNFINISHED]
+_LARGEST_SEQ = 2**63 - 1
+"""Of a database's integer column."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,9 @@ def _make_token(seq: int, states: list[str]) -> str:
 def _read_token(token: str, states: list[str]) -> int:
     try:
         seq, digest = json.loads(base64.urlsafe_b64decode(token.encode("ascii")))
-        if isinstance(seq, int) and digest == _digest(states):
+        if type(seq) is int and 0 < seq <= _LARGEST_SEQ and digest == _digest(states):
             return seq
-    except (ValueError, TypeError, binascii.Error):
+    except (ValueError, TypeError, RecursionError, binascii.Error):
         pass
     what = f"got {token[:64]!r}, allowed is next_page_token of an answer with the same states, or nothing"
     raise InvalidRequest.of("page_token", what)
