@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 
@@ -33,6 +33,7 @@ from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 log = get_logger(__name__)
 
@@ -42,7 +43,7 @@ TensorRefJson = dict[str, Any]
 _MAX_LATENT_BYTES = 256 << 20
 """Far above the largest legal latents: 48 x 61 x 60 x 60 float32 are 42 MB."""
 _MAX_CUTS = 3
-"""How often a worker may die under one denoise before the job is blamed."""
+"""How often a worker may die under one stage of a job before the job is blamed."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,13 @@ class JobWork:
             if first_frame is not None:
                 refs.append(ParseDict(first_frame, tensor_pb2.TensorRef()))
             metadata = await self._latents_metadata(job)
-            result = await self._denoise_patiently(_denoise_request(job, refs), job_id)
+            request = _denoise_request(job, refs)
+            result = await self._patiently(
+                job_id,
+                JobStage.DENOISE,
+                self.clients.fusion.name,
+                lambda patience: self._denoise_once(request, job_id, patience),
+            )
             outcome = [result.video_latent, result.audio_latent]
             video, audio = await asyncio.gather(*(self._fetch(ref) for ref in outcome))
             latents = Latents(video, audio)
@@ -126,38 +133,45 @@ class JobWork:
         async with self._stage(job_id, JobStage.DECODE) as job:
             latents = await asyncio.to_thread(self.artifacts.read_latents, job_id)
             provenance = await self._provenance(job)
-            client = self.clients.vae
-            patience = self._patience(client.name)
-            return await patience.until(lambda: self._decode_once(job_id, latents, provenance, patience))
+            return await self._patiently(
+                job_id,
+                JobStage.DECODE,
+                self.clients.vae.name,
+                lambda patience: self._decode_once(job_id, latents, provenance, patience),
+            )
 
-    async def _denoise_patiently(self, request: fusion_pb2.DenoiseRequest, job_id: str) -> fusion_pb2.Result:
-        patience = self._patience(self.clients.fusion.name)
+    async def _patiently(
+        self, job_id: str, stage: JobStage, worker: str, attempt: Callable[[Patience], Awaitable[T]]
+    ) -> T:
+        """The result of a long call: begun again while its worker is away, a few times if the worker dies under it."""
+        patience = self._patience(worker)
         cuts = 0
         while True:
-            steps = 0
             try:
-                async with contextlib.aclosing(self.clients.fusion.denoise(request, job_id=job_id)) as events:
-                    async for event in events:
-                        patience.alive()
-                        if event.WhichOneof("event") == "result":
-                            return event.result
-                        steps = event.step.index
-                        self.metrics.step_finished(event.step.seconds)
-                        await self.tracker.advance(job_id, event.step.index, event.step.total)
-                raise CorruptTensor("the fusion service ended the stream without a result")
+                return await attempt(patience)
             except (Unavailable, ResourceExhausted) as error:
-                if steps and isinstance(error, WorkerCut):
+                job = await self.tracker.get(job_id)
+                if isinstance(error, WorkerCut) and job.progress.done:
                     cuts += 1
-                    await self._count_cut(job_id, cuts, error)
+                    log.warning("a worker was lost during its work", stage=stage.value, cuts=cuts, reason=error.message)
+                    if cuts > _MAX_CUTS:
+                        what = f"the {worker} service stopped {cuts} times during this job"
+                        raise Unavailable(f"{what}: {error.message}") from None
+                    await self.tracker.begin(job_id)
+                    await self.tracker.enter(job_id, stage, total=job.progress.total)
                 await patience.pause(error)
 
-    async def _count_cut(self, job_id: str, cuts: int, error: WorkerCut) -> None:
-        log.warning("fusion was lost during a denoise", cuts=cuts, reason=error.message)
-        if cuts > _MAX_CUTS:
-            raise Unavailable(f"the fusion service stopped {cuts} times during this job: {error.message}")
-        job = await self.tracker.get(job_id)
-        await self.tracker.begin(job_id)
-        await self.tracker.enter(job_id, JobStage.DENOISE, total=job.progress.total)
+    async def _denoise_once(
+        self, request: fusion_pb2.DenoiseRequest, job_id: str, patience: Patience
+    ) -> fusion_pb2.Result:
+        async with contextlib.aclosing(self.clients.fusion.denoise(request, job_id=job_id)) as events:
+            async for event in events:
+                patience.alive()
+                if event.WhichOneof("event") == "result":
+                    return event.result
+                self.metrics.step_finished(event.step.seconds)
+                await self.tracker.advance(job_id, event.step.index, event.step.total)
+        raise CorruptTensor("the fusion service ended the stream without a result")
 
     async def _decode_once(
         self, job_id: str, latents: Latents, provenance: dict[str, str], patience: Patience

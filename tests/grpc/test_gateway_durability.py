@@ -143,6 +143,29 @@ def test_fusion_that_dies_with_every_try_fails_the_job(stages, data_dir):
         assert "stopped 4 times" in end.error.message
 
 
+def test_vae_that_dies_with_every_try_fails_the_job(stages, data_dir):
+    stages.vae.allowed.clear()
+    try:
+        with running_gateway(data_dir, *stages.flags) as gateway:
+            job, call = begin(gateway, stages)
+            call.finish()
+            for attempt in range(1, 5):
+                gateway.until(
+                    job.id,
+                    lambda now, n=attempt: (
+                        now.attempts == n and now.progress.stage == pb.JOB_STAGE_DECODE and now.progress.done == 60
+                    ),
+                )
+                stages.vae.stop()
+                stages.vae.start()
+            end = gateway.end_of(job.id)
+            assert end.state == pb.JOB_STATE_FAILED and end.error.code == "UNAVAILABLE"
+            assert "the vae service stopped 4 times" in end.error.message
+            assert end.progress.stage == pb.JOB_STAGE_DECODE and stages.fusion.calls.empty(), "nothing was made again"
+    finally:
+        stages.vae.allowed.set()
+
+
 def test_killed_encoder_loses_its_references_and_encodes_again(stages, data_dir):
     stages.fusion.stop()
     with running_gateway(data_dir, *stages.flags) as gateway:
