@@ -8,6 +8,7 @@ from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
 from services.vae.config import VaeOptions
 from services.vae.engine import VaeEngine
 from services.vae.request import MAX_LATENT_FRAMES
+from services.vae.scratch import remove_abandoned
 from services.vae.servicer import VaeServicer
 from shared.device_worker import DeviceWorker
 from shared.grpc_server import GrpcService, serve
@@ -21,6 +22,7 @@ DEFAULT_PORT = 50053
 
 async def run(options: VaeOptions) -> None:
     """Load the networks, serve until a signal."""
+    remove_abandoned()
     stage = options.stage
     engines: list[VaeEngine] = []
     worker = DeviceWorker("vae", max_pending=stage.max_pending)

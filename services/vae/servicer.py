@@ -8,7 +8,6 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
@@ -30,6 +29,7 @@ from services.vae.request import (
     check_size,
     check_video_latent,
 )
+from services.vae.scratch import scratch_folder
 from shared.device_worker import DeviceWorker
 from shared.errors import FieldViolation, InvalidRequest
 from shared.generation_proto import size_to_proto
@@ -46,7 +46,6 @@ log = get_logger(__name__)
 _MAX_BYTES = {"video_latent": MAX_VIDEO_LATENT_BYTES, "audio_latent": MAX_AUDIO_LATENT_BYTES}
 _ANY_SIZE = 1 << 62
 """The checks of shapes bound sizes more tightly, and say so in terms of the shape."""
-_TEMPORARY_PREFIX = "ovi-vae-"
 
 
 class VaeServicer(pb_grpc.VaeServiceServicer):
@@ -83,8 +82,8 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         _check_references(references, check_provenance(provenance))
         latents = await self._fetch(references)
         begun_s = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX) as folder:
-            path = Path(folder) / "clip.mp4"
+        with scratch_folder() as folder:
+            path = folder / "clip.mp4"
             events = self._worker.stream(
                 lambda: self._engine().decode_clip(latents["video_latent"], latents["audio_latent"], provenance, path)
             )
@@ -118,7 +117,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         shape = VideoLatentShape(*latent_CFHW.shape[1:])
         size = size_to_proto(shape.pixel_height, shape.pixel_width)
         yield pb.DecodeVideoResponse(header=pb.VideoHeader(num_frames=shape.num_frames, size=size, fps=FPS))
-        with tempfile.TemporaryFile(prefix=_TEMPORARY_PREFIX) as file:
+        with tempfile.TemporaryFile() as file:
             ends = self._worker.stream(lambda: self._engine().spool_video(latent_CFHW, file))
             start = 0
             async with contextlib.aclosing(ends):
