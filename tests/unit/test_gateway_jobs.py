@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from ovi.gateway.v1 import gateway_pb2
 from services.gateway.artifacts import is_job_id
 from services.gateway.database import open_database
 from services.gateway.jobs.domain import (
@@ -27,7 +28,9 @@ from services.gateway.jobs.domain import (
 )
 from services.gateway.jobs.store import JobStore
 from services.gateway.jobs.tracker import JobTracker
+from services.gateway.messages import job_to_proto
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.validation import MAX_PROMPT_CHARACTERS
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from shared.sampling_options import SamplingOptions, Solver
 
@@ -140,6 +143,24 @@ def test_pages_show_every_job_once_newest_first(store):
         if not token:
             break
     assert seen == ids[::-1]
+
+
+def test_a_page_of_the_longest_prompts_fits_a_message(store):
+    text = "\N{CLAPPER BOARD}" * MAX_PROMPT_CHARACTERS
+    parameters = replace(PARAMETERS, prompt=text, video_negative_prompt=text, audio_negative_prompt=text)
+    ids = [store.create(Job(new_job_id(), parameters, create_time_s=1.0), "h").id for _ in range(120)]
+    store.begin(ids[60], 1.0)
+    store.finish(ids[60], Ending.failed("INTERNAL", text), 2.0)
+    seen, token, sizes = [], "", []
+    while not seen or token:
+        page = store.page(page_size=1000, page_token=token, states=[])
+        answer = gateway_pb2.ListJobsResponse(jobs=map(job_to_proto, page.jobs), next_page_token=page.next_page_token)
+        sizes.append(answer.ByteSize())
+        seen += [job.id for job in page.jobs]
+        token = page.next_page_token
+    assert seen == ids[::-1]
+    assert max(sizes) < 4 << 20, "gRPC's default limit"
+    assert min(sizes[:-1]) > 2 << 20, "pages are as full as they can be"
 
 
 def test_states_filter_pages_and_bind_their_tokens(store):

@@ -22,6 +22,10 @@ from services.gateway.jobs.schema import job_of, jobs, metadata, row_of
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound
 
 _UNFINISHED = [state.value for state in UNFINISHED]
+_PAGE_BYTES = 3 << 20
+"""Of a page, about: an answer stays below gRPC's 4 MiB however long the prompts are."""
+_JOB_BYTES = 2048
+"""Most that a job takes on the wire beside the texts of its request."""
 _LARGEST_SEQ = 2**63 - 1
 """Of a database's integer column."""
 
@@ -87,7 +91,7 @@ class JobStore:
         return job_of(row)
 
     def page(self, *, page_size: int, page_token: str, states: Collection[JobState]) -> JobPage:
-        """A page of jobs, newest first; no states means all.
+        """A page of jobs, newest first; no states means all. Jobs with long texts make it shorter than `page_size`.
 
         Raises:
             InvalidRequest: a page token that is not from this list.
@@ -100,9 +104,9 @@ class JobStore:
             query = query.where(jobs.c.seq < _read_token(page_token, names))
         with self._engine.connect() as connection:
             rows = connection.execute(query).mappings().all()
-        page = rows[:page_size]
-        token = _make_token(page[-1]["seq"], names) if len(rows) > page_size else ""
-        return JobPage(tuple(job_of(row) for row in page), token)
+        page = _fitting([job_of(row) for row in rows[:page_size]])
+        token = _make_token(rows[len(page) - 1]["seq"], names) if len(rows) > len(page) else ""
+        return JobPage(tuple(page), token)
 
     def unfinished_ids(self) -> list[str]:
         """Ids of all queued and running jobs, oldest first."""
@@ -176,6 +180,20 @@ class JobStore:
     def _row(self, condition: sa.ColumnElement[bool]) -> sa.RowMapping | None:
         with self._engine.connect() as connection:
             return connection.execute(sa.select(jobs).where(condition)).mappings().one_or_none()
+
+
+def _fitting(listed: list[Job]) -> list[Job]:
+    """As many of the first jobs as an answer can hold, at least one."""
+    total = 0
+    for number, job in enumerate(listed):
+        wanted, failure = job.parameters, job.failure
+        texts = [wanted.prompt, wanted.video_negative_prompt, wanted.audio_negative_prompt]
+        if failure is not None:
+            texts.append(failure.message)
+        total += _JOB_BYTES + sum(len(text.encode()) for text in texts)
+        if number and total > _PAGE_BYTES:
+            return listed[:number]
+    return listed
 
 
 def _columns(progress: Progress) -> dict[str, Any]:
