@@ -33,7 +33,7 @@ def configure_logging(service: str, *, level: str = "info", rank: int = 0) -> No
     structlog.configure(
         processors=[*processors, structlog.processors.JSONRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # one write a line: ranks share a pipe
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service, rank=rank, pid=os.getpid())
