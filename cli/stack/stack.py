@@ -170,6 +170,8 @@ def locked_data_dir(data_dir: Path) -> Iterator[None]:
             raise UsageProblem(
                 f"--data-dir: {data_dir} is in use by another stack{where}; stop it or choose another folder"
             ) from None
+        # A supervisor that was killed left its own behind, and whoever comes now would be told of that one.
+        (data_dir / STACK_FILE).unlink(missing_ok=True)
         yield
 
 

@@ -82,7 +82,8 @@ def _assemble(call: grpc.CallIterator[pb.FetchResponse], ref: pb.TensorRef, spec
     if first is None or first.WhichOneof("part") != "header":
         raise CorruptTensor(f"tensor stream of {ref.tensor_id} does not begin with a header")
     if first.header.spec != ref.spec:
-        raise CorruptTensor(f"tensor {ref.tensor_id} is announced as {first.header.spec}, referred to as {ref.spec}")
+        announced, referred = (" ".join(str(spec).split()) for spec in (first.header.spec, ref.spec))
+        raise CorruptTensor(f"tensor {ref.tensor_id} is announced as ({announced}), referred to as ({referred})")
     check_safetensors_header(first.header.safetensors_header, spec)
     assembler = TensorAssembler(spec)
     for message in call:
@@ -90,6 +91,11 @@ def _assemble(call: grpc.CallIterator[pb.FetchResponse], ref: pb.TensorRef, spec
             raise CorruptTensor(f"tensor stream of {ref.tensor_id} has a second header")
         assembler.add(message.chunk)
     return assembler.finish()
+
+
+def _transport_name(number: pb.Transport.ValueType) -> str:
+    """Of a transport, or of a number that a later protocol may know."""
+    return pb.Transport.Name(number) if number in pb.Transport.values() else str(number)
 
 
 class TensorResolver:
@@ -131,8 +137,8 @@ class TensorResolver:
         for transport in self._transports:
             if transport.kind in ref.transports:
                 return transport.fetch(ref, spec, timeout_s=timeout_s)
-        offered = [pb.Transport.Name(t) for t in ref.transports]
-        known = [pb.Transport.Name(t.kind) for t in self._transports]
+        offered = [_transport_name(t) for t in ref.transports[:8]]
+        known = [_transport_name(t.kind) for t in self._transports]
         raise InvalidRequest.of(f"{field}.transports", f"got {offered}, allowed is at least one of {known}")
 
     def release(self, ref: pb.TensorRef, *, timeout_s: float = 5.0) -> None:

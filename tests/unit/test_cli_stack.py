@@ -98,6 +98,8 @@ def test_one_stack_a_data_folder(tmp_path: Path) -> None:
         with pytest.raises(UsageProblem, match=r"in use by another stack \(gRPC at 127\.0\.0\.1:4711, process 12\)"):
             locked_data_dir(tmp_path).__enter__()
     assert live_stack(tmp_path) is None, "a file left behind by a killed stack is not a running stack"
+    with locked_data_dir(tmp_path):
+        assert live_stack(tmp_path) is None, "nor is it the one that starts now"
 
 
 def test_an_unusable_data_folder_names_its_flag(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_dead_producer_is_a_lost_reference(server, resolver) -> None:
         ({"tensor_id": "../../x"}, "x.tensor_id"),
         ({"tensor_id": ""}, "x.tensor_id"),
         ({"transports": [pb.TRANSPORT_CUDA_IPC]}, "x.transports"),
+        ({"transports": [77]}, "x.transports"),
     ],
 )
 def test_references_are_checked_before_any_connection(server, resolver, change, field) -> None:
