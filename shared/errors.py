@@ -105,6 +105,13 @@ class OutOfMemory(OviError):
     reason = "OUT_OF_MEMORY"
 
 
+class DiskFull(OviError):
+    """A folder that must be written has no space left; the same call succeeds once there is some."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "DISK_FULL"
+
+
 class Unavailable(OviError):
     """Loading, draining or unreachable; the same call can succeed later."""
 
@@ -147,6 +154,7 @@ ERRORS: tuple[type[OviError], ...] = (
     CorruptTensor,
     ResourceExhausted,
     OutOfMemory,
+    DiskFull,
     Unavailable,
     DeadlineExceeded,
     Cancelled,

@@ -58,8 +58,11 @@ class Artifacts:
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".part")
         tensors = {"video_latent": latents.video_CFHW.contiguous(), "audio_latent": latents.audio_SC.contiguous()}
-        save_file(tensors, temporary, metadata=metadata)
-        settle(temporary, path)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            settle(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def read_latents(self, job_id: str) -> Latents:
         """What `write_latents` kept.

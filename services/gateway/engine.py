@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ovi.gateway.v1 import gateway_pb2
 from services.gateway.artifacts import Artifacts
+from services.gateway.disk import disk_full_is_said
 from services.gateway.images import ImageInfo, ImageStore
 from services.gateway.jobs.domain import Job, JobState, new_job_id
 from services.gateway.jobs.store import JobPage
@@ -136,8 +137,10 @@ class GatewayEngine:
 
         Raises:
             InvalidRequest: not a picture, damaged, or too large.
+            DiskFull: there is no space to keep it.
         """
-        return await asyncio.to_thread(self._images.put, data)
+        with disk_full_is_said():
+            return await asyncio.to_thread(self._images.put, data)
 
     async def models(self) -> list[ModelInfo]:
         """The variants that can be made, first the default.
@@ -154,7 +157,8 @@ class GatewayEngine:
     async def _submitted(self, job: Job) -> Job:
         """Queue a job unless it has ended; a crash may have come between its row and its workflow."""
         if not job.state.ended:
-            await self._pipeline.submit(job.id)
+            with disk_full_is_said():
+                await self._pipeline.submit(job.id)
         return job
 
     async def _cancel(self, job_id: str) -> None:

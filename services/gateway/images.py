@@ -72,5 +72,8 @@ class ImageStore:
 
     def _write(self, name: str, data: bytes) -> None:
         temporary = self._root / f"{name}.{threading.get_ident()}.part"
-        temporary.write_bytes(data)
-        settle(temporary, self._root / name)
+        try:
+            temporary.write_bytes(data)
+            settle(temporary, self._root / name)
+        finally:
+            temporary.unlink(missing_ok=True)

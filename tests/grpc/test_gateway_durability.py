@@ -243,12 +243,13 @@ def test_cancel_is_remembered_over_a_kill(stages, data_dir):
         assert gateway.end_of(after.id).state == pb.JOB_STATE_COMPLETED
 
 
-def edit(data_dir: Path, statement: str, *values: object) -> None:
-    """Change the database of a gateway that is not running."""
+def edit(data_dir: Path, statement: str, *values: object) -> int:
+    """Change a gateway's database behind its back; the number of rows changed."""
     connection = sqlite3.connect(data_dir / "ovi.sqlite3")
     with connection:
-        connection.execute(statement, values)
+        changed = connection.execute(statement, values).rowcount
     connection.close()
+    return changed
 
 
 def test_crash_between_row_and_workflow_strands_nothing(stages, data_dir):
@@ -261,6 +262,22 @@ def test_crash_between_row_and_workflow_strands_nothing(stages, data_dir):
         assert gateway.create(seed=51, request_id="stranded").id == job.id
         stages.fusion.next_call().finish()
         assert gateway.end_of(job.id).state == pb.JOB_STATE_COMPLETED
+    assert stages.fusion.calls.empty(), "it ran once"
+
+
+def test_a_workflow_that_was_claimed_and_never_begun_is_begun(stages, data_dir):
+    """A full disk can come between the two writes of a claim, or after the claim's end failed."""
+    with running_gateway(data_dir, *stages.flags) as gateway:
+        calls = [begin(gateway, stages)[1], begin(gateway, stages)[1]]
+        waiting = gateway.create(seed=53)
+        claim = "UPDATE workflow_status SET status = 'PENDING' WHERE workflow_uuid = ? AND status = 'ENQUEUED'"
+        gateway.until(waiting.id, lambda now: edit(data_dir, claim, now.id) == 1)
+        for call in calls:
+            call.finish()
+        stages.fusion.next_call().finish()
+        end = gateway.end_of(waiting.id)
+        assert end.state == pb.JOB_STATE_COMPLETED and end.attempts == 1
+        assert gateway.download(waiting.id) == clip_of(53)
     assert stages.fusion.calls.empty(), "it ran once"
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
 from ovi.gateway.v1 import gateway_pb2
 from services.gateway.artifacts import is_job_id
@@ -31,7 +32,7 @@ from services.gateway.jobs.tracker import JobTracker
 from services.gateway.messages import job_to_proto
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.validation import MAX_PROMPT_CHARACTERS
-from shared.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound, Unavailable
+from shared.errors import AlreadyExists, DiskFull, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from shared.sampling_options import SamplingOptions, Solver
 
 PARAMETERS = ClipParameters(
@@ -318,3 +319,35 @@ def test_draining_sends_watchers_away(store):
             await waiting
 
     tracked(store, test)
+
+
+def test_a_full_database_is_said_and_waited_for(tmp_path):
+    database = open_database(tmp_path / "jobs.sqlite3")
+    with database.connect() as connection:
+        JobStore(database).create_tables()
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    limits: list[int] = [pages + 4]
+
+    @sa.event.listens_for(database, "checkout")
+    def limit(connection, record, proxy):
+        connection.execute(f"PRAGMA max_page_count={limits[-1]}")
+
+    async def scenario() -> None:
+        tracker = JobTracker(JobStore(database), GatewayMetrics())
+        long = replace(PARAMETERS, prompt="x" * 5000)
+        kept: list[Job] = []
+        with pytest.raises(DiskFull, match="free some space"):
+            while len(kept) < 100:
+                kept.append(await tracker.create(Job(new_job_id(), long, create_time_s=1.0), "h"))
+        assert kept, "there was room for some"
+        failure = Ending.failed("INTERNAL", "y" * 20_000)
+        with pytest.raises(DiskFull):
+            await tracker.finish(kept[0].id, failure)
+        assert (await tracker.get(kept[0].id)).state is JobState.QUEUED
+        limits.append(pages + 1000)
+        assert await tracker.finish(kept[0].id, failure)
+        assert (await tracker.get(kept[0].id)).state is JobState.FAILED
+        tracker.close()
+
+    asyncio.run(scenario())
+    database.dispose()

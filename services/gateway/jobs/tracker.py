@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
+from services.gateway.disk import disk_full_is_said
 from services.gateway.jobs.domain import Ending, Job, JobStage, JobState, Progress
 from services.gateway.jobs.store import JobPage, JobStore
 from services.gateway.metrics import GatewayMetrics
@@ -211,6 +212,7 @@ class JobTracker:
 
     async def _in_thread(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         def call() -> R:
-            return work(*args, **kwargs)
+            with disk_full_is_said():
+                return work(*args, **kwargs)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

@@ -18,10 +18,11 @@ from dbos import DBOS, DBOSConfig, SetWorkflowID, StepOptions, WorkflowStatus, W
 from dbos import error as engine_error
 
 from services.gateway.config import PipelineOptions
+from services.gateway.disk import disk_full_is_said
 from services.gateway.jobs.domain import Ending, Job, VideoInfo
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.pipeline.serializer import JsonSerializer
-from shared.errors import OviError, ReferenceLost
+from shared.errors import DiskFull, OviError, ReferenceLost
 from shared.logging import get_logger
 
 T = TypeVar("T")
@@ -74,6 +75,8 @@ class Pipeline:
         self._work = work
         self._options = options
         self._running: dict[str, asyncio.Task[Any]] = {}
+        self._idle: set[str] = set()
+        """Jobs whose workflow was claimed at the last comparison, but without anything that works on it."""
         self._keeper: asyncio.Task[None] | None = None
         self._workflow: Callable[[str], Coroutine[Any, Any, None]] | None = None
 
@@ -133,6 +136,7 @@ class Pipeline:
     async def reconcile(self) -> None:
         """Bring table and workflows together where a crash or the engine's own limits left them apart."""
         unfinished = await self._tracker.unfinished_ids()
+        self._idle.intersection_update(unfinished)
         for start in range(0, len(unfinished), _LOOKUP_SIZE):
             job_ids = unfinished[start : start + _LOOKUP_SIZE]
             found = await DBOS.list_workflows_async(workflow_ids=job_ids, load_input=False, load_output=False)
@@ -150,6 +154,10 @@ class Pipeline:
                 log.warning("job begins again", job_id=job_id, was_version=workflow.app_version)
                 await DBOS.delete_workflow_async(job_id)
                 await self.submit(job_id)
+            elif status is WorkflowStatusString.PENDING and job_id not in self._running:
+                await self._rouse(job_id)
+            else:
+                self._idle.discard(job_id)
         elif status is WorkflowStatusString.CANCELLED:
             await self._tracker.finish(job_id, Ending.cancelled())
         elif status is WorkflowStatusString.MAX_RECOVERY_ATTEMPTS_EXCEEDED:
@@ -161,12 +169,21 @@ class Pipeline:
             # The workflow writes the job's end before its own, so this is an end outside the workflow's code.
             await self._tracker.finish(job_id, Ending.failed("INTERNAL", f"the job's workflow ended {workflow.status}"))
 
+    async def _rouse(self, job_id: str) -> None:
+        """Queue a claimed workflow again if nothing has begun it since the last comparison: its start or end failed."""
+        if job_id in self._idle:
+            log.warning("job was claimed but nothing works on it", job_id=job_id)
+            self._idle.discard(job_id)
+            await DBOS.resume_workflow_async(job_id, queue_name=_QUEUE)
+        else:
+            self._idle.add(job_id)
+
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(_RECONCILE_S)
             try:
                 await self.reconcile()
-            except (sa.exc.SQLAlchemyError, engine_error.DBOSException) as error:
+            except (sa.exc.SQLAlchemyError, engine_error.DBOSException, DiskFull) as error:
                 log.error("table and workflows could not be compared", reason=str(error))
 
     async def _stop(self, job_ids: Sequence[str]) -> None:
@@ -184,9 +201,10 @@ class Pipeline:
             assert task is not None
             self._running[job_id] = task
             try:
-                job = await self._tracker.begin(job_id)
+                job = await _until_written(lambda: self._tracker.begin(job_id))
                 if job is not None:
-                    await self._tracker.finish(job_id, await self._ending(job))
+                    ending = await self._ending(job)
+                    await _until_written(lambda: self._tracker.finish(job_id, ending))
             finally:
                 if self._running.get(job_id) is task:
                     del self._running[job_id]
@@ -196,7 +214,8 @@ class Pipeline:
     async def _ending(self, job: Job) -> Ending:
         """How a job ends: the main loop of the work, where every failure becomes the job's."""
         try:
-            return Ending.completed(await self._stages(job))
+            with disk_full_is_said():
+                return Ending.completed(await self._stages(job))
         except OviError as error:
             log.info("job failed", job_id=job.id, code=error.code, reason=error.message)
             return Ending.failed(error.code, error.message)
@@ -250,3 +269,13 @@ class Pipeline:
             log_level="WARNING",
             enable_otlp=False,
         )
+
+
+async def _until_written(write: Callable[[], Awaitable[T]]) -> T:
+    """The result of a write to the table, tried until it succeeds: a job must not run on without anybody knowing."""
+    while True:
+        try:
+            return await write()
+        except (DiskFull, sa.exc.OperationalError) as error:
+            log.error("the jobs table could not be written; trying again", reason=str(error))
+            await asyncio.sleep(_RECONCILE_S)
