@@ -15,7 +15,7 @@ from services.fusion.group import LeadingEngine, follow
 from services.fusion.model.config import RELEASED
 from services.fusion.ops import Kernels
 from services.fusion.parallel.plan import ParallelPlan
-from services.fusion.ranks import Ranks, become_follower, end_with_parent, join_group, rank_device
+from services.fusion.ranks import Ranks, end_with_parent, join_group, rank_device
 from services.fusion.servicer import FusionServicer
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
@@ -68,7 +68,7 @@ def _make_engine(options: FusionOptions) -> FusionEngine:
     stage = options.stage
     if options.ranks.world_size == 1:
         return FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels)
-    groups, channel = join_group(options.plan, stage.device)
+    groups, channel = join_group(options.ranks, options.plan, stage.device)
     return LeadingEngine(
         stage.checkpoints,
         stage.device,
@@ -82,9 +82,8 @@ def _make_engine(options: FusionOptions) -> FusionEngine:
 
 def run_follower(options: FusionOptions) -> None:
     """Every rank but 0: follow rank 0 until it says stop."""
-    become_follower()
     stage = options.stage
-    groups, channel = join_group(options.plan, stage.device)
+    groups, channel = join_group(options.ranks, options.plan, stage.device)
     engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels, groups)
     engine.discover()
     follow(engine, channel)
