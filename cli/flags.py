@@ -27,6 +27,10 @@ Preset = Annotated[
     typer.Option(help="'tiny': a small random model, made in the data folder the first time.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="Of the fusion and VAE services: auto, cpu, cuda or cuda:N.")]
+Gpus = Annotated[
+    str,
+    typer.Option(help="Of the fusion service: auto (all that a plan can use), or a number. With --device cpu: ranks."),
+]
 TextEncoderDevice = Annotated[str, typer.Option(help="Of the text encoder: auto, cpu, cuda or cuda:N.")]
 Server = Annotated[str, typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a gateway's gRPC API.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")]

@@ -23,6 +23,7 @@ from cli.errors import EXIT_INTERRUPTED, CommandFailed, UsageProblem, errors_in_
 from cli.interrupt import Interrupted, run_interruptible
 from cli.progress import job_view
 from cli.stack.display import StackDisplay
+from cli.stack.gpus import choose_gpus
 from cli.stack.plan import StackOptions
 from cli.stack.stack import live_stack, running_stack
 from cli.stack.supervisor import ServiceFailed
@@ -203,6 +204,7 @@ async def gateway_address(server: str | None, request: StackRequest, console: Co
         http_port=0,
         device=request.device,
         text_encoder_device=request.text_encoder_device,
+        gpus=choose_gpus("auto", request.device),
         grace_s=_EMBEDDED_GRACE_S,
     )
     with StackDisplay(console, brief=True) as display:

@@ -14,6 +14,7 @@ from cli.errors import EXIT_FAILED, CommandFailed, errors_in_words
 from cli.interrupt import Interrupted, run_interruptible
 from cli.stack.checkpoints import choose_checkpoints
 from cli.stack.display import StackDisplay
+from cli.stack.gpus import choose_gpus
 from cli.stack.plan import StackOptions
 from cli.stack.stack import Stack, locked_data_dir, running_stack
 from cli.stack.supervisor import ServiceFailed
@@ -34,6 +35,7 @@ def up(
     host: flags.Host = "127.0.0.1",
     device: flags.Device = "auto",
     text_encoder_device: flags.TextEncoderDevice = "auto",
+    gpus: flags.Gpus = "auto",
 ) -> None:
     """Start the text encoder, fusion, VAE and gateway services, and keep them running.
 
@@ -43,7 +45,9 @@ def up(
     with errors_in_words():
         data_dir = data_dir.resolve()
         folder = prepare_checkpoints(checkpoints, preset, data_dir, console)
-        options = StackOptions(data_dir, folder, host, grpc_port, http_port, device, text_encoder_device)
+        options = StackOptions(
+            data_dir, folder, host, grpc_port, http_port, device, text_encoder_device, choose_gpus(gpus, device)
+        )
         if host not in _LOOPBACK:
             console.print(f"--host {host}: whoever reaches it can use the service.", style="yellow", markup=False)
         try:

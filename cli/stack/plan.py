@@ -13,6 +13,8 @@ STAGES = ("text_encoder", "fusion", "vae")
 GATEWAY = "gateway"
 
 _LOOPBACK = "127.0.0.1"
+_RESTARTS = ("--max-restarts", "1000", "--monitor-interval", "0.2")
+"""torchrun starts all ranks again when one fails; when it gives up, the supervisor starts torchrun again."""
 _ENVIRONMENT = {
     # glibc would map and unmap memory for every large message, which makes protobuf 10 to 25 times slower.
     "MALLOC_MMAP_THRESHOLD_": "33554432",
@@ -39,6 +41,8 @@ class StackOptions:
     device: str = "auto"
     """Of fusion and vae: auto, cpu, cuda, cuda:N."""
     text_encoder_device: str = "auto"
+    gpus: int = 1
+    """GPUs of the fusion service, a rank each; the other services use the first."""
     grace_s: float = 10.0
     """Seconds that calls under way have to end when the stack stops."""
 
@@ -109,11 +113,13 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     device = options.text_encoder_device if name == "text_encoder" else options.device
     arguments = ["--checkpoints", str(options.checkpoints), "--host", _LOOPBACK, "--port", str(port)]
     arguments += ["--device", device, "--grace-s", str(options.grace_s)]
-    return _service(options, name, f"{_LOOPBACK}:{port}", arguments)
+    ranks = options.gpus if name == "fusion" else 1
+    return _service(options, name, f"{_LOOPBACK}:{port}", arguments, ranks)
 
 
-def _service(options: StackOptions, name: str, address: str, arguments: list[str]) -> ServiceSpec:
+def _service(options: StackOptions, name: str, address: str, arguments: list[str], ranks: int = 1) -> ServiceSpec:
     # -P: a folder called "services" where the user happens to be must not be run instead of ours.
-    command = (sys.executable, "-P", "-m", f"services.{name}", *arguments)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *_RESTARTS)
+    command = (sys.executable, "-P", *(launcher if ranks > 1 else ()), "-m", f"services.{name}", *arguments)
     log_path = options.data_dir / "logs" / f"{name}.log"
     return ServiceSpec(name, command, address, log_path, options.grace_s + 5, dict(_ENVIRONMENT))
