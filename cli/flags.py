@@ -29,7 +29,7 @@ Preset = Annotated[
 Device = Annotated[str, typer.Option(help="Of the fusion and VAE services: auto, cpu, cuda or cuda:N.")]
 Gpus = Annotated[
     str,
-    typer.Option(help="Of the fusion service: auto (all that a plan can use), or a number. With --device cpu: ranks."),
+    typer.Option(help="Of the fusion service: auto (all a plan can use), or a number; with --device cpu, of ranks."),
 ]
 TextEncoderDevice = Annotated[str, typer.Option(help="Of the text encoder: auto, cpu, cuda or cuda:N.")]
 Server = Annotated[str, typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a gateway's gRPC API.")]
