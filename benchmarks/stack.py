@@ -1,6 +1,6 @@
 """Make clips through the running services and print time and peak device memory of every stage.
 
-`python -m benchmarks.stack --checkpoints DIR [--data-dir D] [--runs 960x960_10s:4,720x720_5s:4:i2v] [--json FILE]`
+`python -m benchmarks.stack --checkpoints DIR [--data-dir D] [--runs 960x960_10s:4,720x720_5s:4:i2v] [--gpus N]`
 
 A run is MODEL:STEPS or MODEL:STEPS:i2v. Starts the stack of `ovi up` on free ports, creates one job after another over
 gRPC, stops it.
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cli.stack.gpus import choose_gpus
 from cli.stack.plan import StackOptions
 from cli.stack.stack import running_stack
 from ovi.common.v1 import generation_pb2
@@ -139,9 +140,11 @@ async def main() -> None:
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--data-dir", type=Path, default=Path("data/benchmark"))
     parser.add_argument("--runs", default="960x960_10s:4,720x720_5s:4:i2v")
+    parser.add_argument("--gpus", default="auto", help="of the fusion service")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    options = StackOptions(args.data_dir.resolve(), args.checkpoints.resolve(), grpc_port=0, http_port=0)
+    gpus = choose_gpus(args.gpus, "auto")
+    options = StackOptions(args.data_dir.resolve(), args.checkpoints.resolve(), grpc_port=0, http_port=0, gpus=gpus)
     start = time.perf_counter()
     async with running_stack(options, lambda change: None) as stack:
         start_s = round(time.perf_counter() - start, 1)
@@ -151,7 +154,7 @@ async def main() -> None:
     if args.json:
         device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        result = {"date": date, "device": device, "torch": torch.__version__, "start_s": start_s}
+        result = {"date": date, "device": device, "torch": torch.__version__, "gpus": gpus, "start_s": start_s}
         args.json.write_text(json.dumps(result | {"rows": [asdict(row) for row in rows]}, indent=1))
 
 
