@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Literal
 
@@ -31,6 +32,7 @@ _REFERENCES: tuple[Literal["prompt", "video_negative", "audio_negative", "first_
     "audio_negative",
     "first_frame_latent",
 )
+_FETCH_TIMEOUT_S = 60.0
 _MAX_INPUT_BYTES = 64 << 20
 """Far above the largest legal input: 512 rows of 4096 float32 are 8 MiB."""
 
@@ -57,7 +59,9 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
     ) -> AsyncIterator[pb.DenoiseResponse]:
         spec, references = self._checked(request)
         names = list(references)
-        tensors = await asyncio.gather(*(self._fetch(name, references[name]) for name in names))
+        remaining_s = context.time_remaining()
+        timeout_s = _FETCH_TIMEOUT_S if remaining_s is None else min(_FETCH_TIMEOUT_S, remaining_s)
+        tensors = await asyncio.gather(*(self._fetch(name, references[name], timeout_s) for name in names))
         fetched = dict(zip(names, tensors, strict=True))
         inputs = RunInputs(
             prompt_LC=fetched["prompt"],
@@ -67,8 +71,9 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         )
         if violations := check_finite(inputs):
             raise InvalidRequest(violations)
-        async for event in self._worker.stream(lambda: self._engine.denoise(spec, inputs)):
-            yield pb.DenoiseResponse(step=_step(event)) if isinstance(event, StepDone) else self._result(event)
+        async with contextlib.aclosing(self._worker.stream(lambda: self._engine.denoise(spec, inputs))) as events:
+            async for event in events:
+                yield pb.DenoiseResponse(step=_step(event)) if isinstance(event, StepDone) else self._result(event)
 
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
@@ -98,8 +103,10 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             raise InvalidRequest(violations)
         return spec, references
 
-    async def _fetch(self, name: str, reference: tensor_pb2.TensorRef) -> torch.Tensor:
-        return await asyncio.to_thread(self._resolver.fetch, reference, field=name, max_bytes=_MAX_INPUT_BYTES)
+    async def _fetch(self, name: str, reference: tensor_pb2.TensorRef, timeout_s: float) -> torch.Tensor:
+        return await asyncio.to_thread(
+            self._resolver.fetch, reference, field=name, max_bytes=_MAX_INPUT_BYTES, timeout_s=timeout_s
+        )
 
     def _result(self, latents: Latents) -> pb.DenoiseResponse:
         video, audio = (
