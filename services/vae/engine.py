@@ -27,7 +27,7 @@ from services.vae.model.vocoder import Vocoder
 from services.vae.mp4 import ClipWriter, num_clip_samples
 from shared.checkpoints import file_fingerprint
 from shared.device_memory import peak_gib, reset_peak
-from shared.errors import ResourceExhausted
+from shared.errors import DiskFull
 from shared.shapes import VideoLatentShape
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
 
@@ -121,7 +121,7 @@ class VaeEngine:
         A file stands between the device and the client, so that a slow client holds up neither device nor memory.
 
         Raises:
-            ResourceExhausted: the disk is full.
+            DiskFull: the disk is full.
         """
         size = 0
         for frames_FHWC in self.decode_video(latent_CFHW):
@@ -139,7 +139,7 @@ class VaeEngine:
         silence to the length of the video.
 
         Raises:
-            ResourceExhausted: the disk is full.
+            DiskFull: the disk is full.
         """
         reset_peak(self._device)
         shape = VideoLatentShape(*video_CFHW.shape[1:])
@@ -192,4 +192,4 @@ def _disk_full_is_exhaustion() -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise ResourceExhausted("the disk for temporary files is full; free some or set TMPDIR") from None
+        raise DiskFull("the disk for temporary files is full; free some or set TMPDIR") from None

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.errors import ResourceExhausted
+from shared.errors import DiskFull
 from shared.logging import get_logger
 
 log = get_logger(__name__)
@@ -26,7 +26,7 @@ def scratch_folder() -> Iterator[Path]:
     process left can be told from what another one needs; a process id in the name could not, across containers.
 
     Raises:
-        ResourceExhausted: it cannot be made.
+        DiskFull: it cannot be made.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -34,7 +34,7 @@ def scratch_folder() -> Iterator[Path]:
             stack.callback(os.close, _locked(folder))
         except OSError as error:
             what = f"no temporary folder can be made for the clip ({error})"
-            raise ResourceExhausted(f"{what}; free some space, or set TMPDIR to a folder that has it") from None
+            raise DiskFull(f"{what}; free some space, or set TMPDIR to a folder that has it") from None
         yield folder
 
 

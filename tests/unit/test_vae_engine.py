@@ -16,7 +16,7 @@ from PIL import Image
 from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
 from services.vae.engine import ClipProgress, ClipWritten, VaeEngine, cover_frame, fit_length
 from services.vae.mp4 import num_clip_samples
-from shared.errors import ResourceExhausted
+from shared.errors import DiskFull
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
 from tests.vae_checkpoint import write_checkpoint
 
@@ -124,7 +124,7 @@ class _FullDisk(io.BytesIO):
 
 
 def test_a_full_disk_is_exhaustion(engine: VaeEngine, tmp_path: Path) -> None:
-    with pytest.raises(ResourceExhausted, match="TMPDIR"):
+    with pytest.raises(DiskFull, match="TMPDIR"):
         list(engine.spool_video(latent(48, 1, 2, 2), _FullDisk()))
-    with pytest.raises(ResourceExhausted, match="TMPDIR"):
+    with pytest.raises(DiskFull, match="TMPDIR"):
         list(engine.decode_clip(latent(48, 9, 2, 2), latent(4, 20), {}, Path("/dev/full")))

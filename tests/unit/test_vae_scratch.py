@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from services.vae.scratch import remove_abandoned, scratch_folder
-from shared.errors import ResourceExhausted
+from shared.errors import DiskFull
 
 _HOLDER = """
 import sys
@@ -63,6 +63,6 @@ def test_a_folder_goes_with_an_error_too(temporary) -> None:
 
 def test_no_place_for_temporary_files_is_said(temporary, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "gone"))
-    with pytest.raises(ResourceExhausted, match="TMPDIR"), scratch_folder():
+    with pytest.raises(DiskFull, match="TMPDIR"), scratch_folder():
         pass
     remove_abandoned()
