@@ -28,8 +28,8 @@ from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.guidance import bind_split_guidance
 from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.parallel.sequence import SequenceParallelModel
-from services.fusion.ranks import Ranks, join_group
 from services.fusion.sampling.denoise import Conditions, Latents, Predictor, bind_forward, bind_guidance, draw_noise
+from shared.group.ranks import Ranks, join_group
 
 SKIP_LAYER = 11
 
@@ -118,7 +118,7 @@ def main() -> None:
     ranks = Ranks.from_environment(os.environ)
     chosen = ParallelPlan.auto(ranks.world_size, RELEASED.num_heads)
     device = torch.device("cuda", ranks.local_rank)
-    join_group(ranks, chosen, device)
+    join_group(ranks, device)
     texts = args.plans.split(",") if args.plans else []
     plans = [ParallelPlan(*map(int, text.split("x"))) for text in texts] or [chosen]
     model = random_model(RELEASED, device)

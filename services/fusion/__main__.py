@@ -6,19 +6,18 @@ import asyncio
 import os
 from dataclasses import replace
 
-import torch.distributed as dist
-
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
 from services.fusion.group import LeadingEngine, follow
 from services.fusion.model.config import RELEASED
 from services.fusion.ops import Kernels
+from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.plan import ParallelPlan
-from services.fusion.ranks import Ranks, end_with_parent, join_group, rank_device
 from services.fusion.servicer import FusionServicer
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
+from shared.group.ranks import Ranks, end_with_parent, join_group, rank_device
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
 from shared.service_main import run_service, stage_options, stage_parser
@@ -28,8 +27,6 @@ from shared.tensors.transport import TensorResolver
 from shared.variants import VARIANTS
 
 DEFAULT_PORT = 50052
-EXIT_GROUP_FAILED = 4
-"""Exit status of rank 0 after a failure that the other ranks cannot recover from; torchrun starts the group again."""
 
 
 async def run(options: FusionOptions) -> None:
@@ -59,7 +56,6 @@ async def run(options: FusionOptions) -> None:
         tensors.stop(stage.listen.grace_s)
         if isinstance(engine, LeadingEngine):
             engine.stop_followers()
-            dist.destroy_process_group()
 
     await serve(stage.listen, [service], load=load, close=close)
 
@@ -68,26 +64,19 @@ def _make_engine(options: FusionOptions) -> FusionEngine:
     stage = options.stage
     if options.ranks.world_size == 1:
         return FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels)
-    groups, channel = join_group(options.ranks, options.plan, stage.device)
-    return LeadingEngine(
-        stage.checkpoints,
-        stage.device,
-        stage.precision,
-        options.kernels,
-        groups,
-        channel,
-        end_group=lambda: os._exit(EXIT_GROUP_FAILED),
-    )
+    fellowship = join_group(options.ranks, stage.device)
+    groups = make_groups(options.plan)
+    return LeadingEngine(stage.checkpoints, stage.device, stage.precision, options.kernels, groups, fellowship)
 
 
 def run_follower(options: FusionOptions) -> None:
     """Every rank but 0: follow rank 0 until it says stop."""
     stage = options.stage
-    groups, channel = join_group(options.ranks, options.plan, stage.device)
+    fellowship = join_group(options.ranks, stage.device)
+    groups = make_groups(options.plan)
     engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels, groups)
     engine.discover()
-    follow(engine, channel)
-    dist.destroy_process_group()
+    follow(engine, fellowship)
 
 
 def main() -> None:

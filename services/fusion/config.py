@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from services.fusion.ops import Kernels
 from services.fusion.parallel.plan import ParallelPlan
-from services.fusion.ranks import Ranks
+from shared.group.ranks import Ranks
 from shared.service_main import StageOptions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from services.fusion.engine import FusionEngine
 from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Kernels
-from services.fusion.parallel.control import Command, ControlChannel
 from services.fusion.parallel.groups import Groups
 from services.fusion.request import RunInputs, RunSpec
 from services.fusion.sampling.denoise import Latents, StepDone
 from shared.errors import CheckpointError
+from shared.group.control import Command, ControlChannel
+from shared.group.ranks import EXIT_GROUP_FAILED, Fellowship
 from shared.logging import get_logger
 from shared.sampling_options import SamplingOptions, Solver
 
@@ -37,9 +39,7 @@ class LeadingEngine(FusionEngine):
         dtype: torch.dtype,
         kernels: Kernels,
         groups: Groups,
-        channel: ControlChannel,
-        *,
-        end_group: Callable[[], None],
+        fellowship: Fellowship,
     ) -> None:
         """
         Args:
@@ -48,12 +48,11 @@ class LeadingEngine(FusionEngine):
             dtype: arithmetic of the model.
             kernels: implementations of the blocks' operations.
             groups: both axes of the plan.
-            channel: to the other ranks.
-            end_group: called when the group can no longer be used; must end this process.
+            fellowship: with the other ranks.
         """
         super().__init__(checkpoints, device, dtype, kernels, groups)
-        self._channel = channel
-        self._end_group = end_group
+        self._fellowship = fellowship
+        self._channel = fellowship.channel
 
     def load(self, model: str) -> FusionModel:
         """See FusionEngine.load; on all ranks."""
@@ -77,20 +76,22 @@ class LeadingEngine(FusionEngine):
                         self._channel.go_on(wanted)
         except Exception as error:
             log.error("the group has failed and ends", exc_info=error)
-            self._end_group()
-            raise
+            os._exit(EXIT_GROUP_FAILED)
 
     def stop_followers(self) -> None:
-        """Let the other ranks end."""
+        """Let the other ranks end, and leave the group."""
+        self._fellowship.part()
         self._channel.send(Command(_STOP, {}, {}))
+        self._fellowship.leave()
 
 
-def follow(engine: FusionEngine, channel: ControlChannel) -> None:
-    """On every rank but 0: do what rank 0 says until it says stop.
+def follow(engine: FusionEngine, fellowship: Fellowship) -> None:
+    """On every rank but 0: do what rank 0 says until it says stop, then leave the group.
 
     Raises:
         RuntimeError: rank 0 is gone, or a collective failed; the process should end.
     """
+    channel = fellowship.channel
     while (command := channel.receive()).kind != _STOP:
         if command.kind == _LOAD:
             _load_or_note(engine, command.fields["model"], channel)
@@ -98,6 +99,7 @@ def follow(engine: FusionEngine, channel: ControlChannel) -> None:
             for event in engine.denoise(_spec_from_json(command.fields), RunInputs(**command.tensors)):  # type: ignore[arg-type]
                 if isinstance(event, StepDone) and not channel.go_on():
                     break
+    fellowship.leave()
 
 
 def load_together(load: Callable[[str], FusionModel], model: str, channel: ControlChannel) -> None:

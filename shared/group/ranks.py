@@ -1,4 +1,4 @@
-"""The ranks of one fusion service, as torchrun starts them."""
+"""The ranks of one service, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from services.fusion.parallel.control import ControlChannel
-from services.fusion.parallel.groups import Groups, make_groups
-from services.fusion.parallel.plan import ParallelPlan
+from shared.group.control import ControlChannel
 
+EXIT_GROUP_FAILED = 4
+"""Exit status of a rank that cannot go on because of another one; torchrun starts the group again."""
 _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 """How long a rank waits for another inside a run before it gives up and ends; the longest step takes a few seconds."""
 _PR_SET_PDEATHSIG = 1
-_LEADER_KEY = "leader"
-_LEADER_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -65,21 +63,62 @@ def rank_device(device: torch.device, ranks: Ranks) -> torch.device:
     return device
 
 
-def join_group(ranks: Ranks, plan: ParallelPlan, device: torch.device) -> tuple[Groups, ControlChannel]:
-    """Meet the other ranks; every rank calls it once, before it starts threads.
+class Fellowship:
+    """This rank's tie to the others: the control channel, and a watch that ends this process when one of them dies.
 
-    Raises:
-        ValueError: the plan is for another number of ranks.
+    Without the watch a rank would wait in a collective for a dead one until a timeout.
     """
+
+    def __init__(self, channel: ControlChannel, watched: list[int]) -> None:
+        """
+        Args:
+            channel: to the other ranks.
+            watched: processes on this host to die with.
+        """
+        self.channel = channel
+        self._parting = threading.Event()
+        if watched:
+            threading.Thread(target=self._watch, args=(watched,), name="fellows", daemon=True).start()
+
+    def part(self) -> None:
+        """The group ends in order: from now on the others may go."""
+        self._parting.set()
+
+    def leave(self) -> None:
+        """End the process groups; after `part` on every rank."""
+        self.part()
+        dist.destroy_process_group()
+
+    def _watch(self, watched: list[int]) -> None:
+        try:
+            fellows = [psutil.Process(pid) for pid in watched]
+        except psutil.NoSuchProcess:
+            self._lost()
+            return
+        psutil.wait_procs(fellows, callback=lambda _: self._lost())
+
+    def _lost(self) -> None:
+        if not self._parting.is_set():
+            os._exit(EXIT_GROUP_FAILED)
+
+
+def join_group(ranks: Ranks, device: torch.device) -> Fellowship:
+    """Meet the other ranks, which all call it once; on the device's backend (NCCL on CUDA, else gloo)."""
     serves = ranks.rank == 0 and not ranks.agent_serves_store
     tcp = TCPStore(ranks.store_host, ranks.store_port, ranks.world_size, is_master=serves)
     store = PrefixStore(f"ovi/attempt_{ranks.attempt}", tcp)
     here = socket.gethostname()
-    if ranks.rank == 0:
-        store.set(_LEADER_KEY, f"{here} {os.getpid()}")
-    else:
-        host, pid = store.get(_LEADER_KEY).decode().rsplit(" ", 1)
-        _outlive_signals(int(pid) if host == here else None)
+    store.set(f"process/{ranks.rank}", f"{here} {os.getpid()}")
+    # Rank 0 dies with any other, the others with rank 0, so that all of them end when one does.
+    watched = []
+    for rank in range(1, ranks.world_size) if ranks.rank == 0 else [0]:
+        host, pid = store.get(f"process/{rank}").decode().rsplit(" ", 1)
+        if host == here:
+            watched.append(int(pid))
+    if ranks.rank > 0:
+        # Rank 0 decides when a follower ends: on SIGTERM it drains, and then says stop.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -90,37 +129,7 @@ def join_group(ranks: Ranks, plan: ParallelPlan, device: torch.device) -> tuple[
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    return make_groups(plan), ControlChannel()
-
-
-def _outlive_signals(leader_pid: int | None) -> None:
-    """Let rank 0 decide when this follower ends: on SIGTERM it drains, and then says stop. If it is gone, end at once.
-
-    A thread waits for the signals, since the main thread may be inside a collective and could not handle them; they
-    reach it through a socket, which works whichever thread the kernel gives them to. The process of a leader on
-    another host cannot be seen; its lost connections then end this one.
-    """
-    arriving, wakeup = socket.socketpair()
-    wakeup.setblocking(False)
-    signal.set_wakeup_fd(wakeup.detach(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-
-    def wait() -> None:
-        arriving.recv(1)
-        while leader_pid is None or _is_alive(leader_pid):
-            time.sleep(_LEADER_POLL_S)
-        os._exit(1)
-
-    threading.Thread(target=wait, name="signals", daemon=True).start()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return Fellowship(ControlChannel(), watched)
 
 
 def end_with_parent() -> None:
