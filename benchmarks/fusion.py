@@ -1,181 +1,313 @@
-"""Time one forward of the fusion model at released widths with random weights on one GPU.
+"""Time guided steps (both passes) of the fusion model with random weights, on one device or on the GPUs of a host.
 
-`python -m benchmarks.fusion [--clips 720x720_5s,...] [--kernels reference] [--repeats 5] [--profile] [--json FILE]`
+`python -m benchmarks.fusion [--clips 720x720_5s,...] [--kernels reference] [--repeats 5] [--profile] [--save]`
+`torchrun --standalone --nproc-per-node N -m benchmarks.fusion [--plans auto,1xN] ...`
+`... --device cpu --preset tiny` runs the same anywhere.
+
+A plan is GUIDANCExSEQUENCE, `auto` the one the service chooses, 1x1 every rank by itself. On several ranks every plan is
+compared with rank 0 alone, on the same machine in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import statistics
+import os
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from services.fusion.attention import select_attention
-from services.fusion.checkpoint import build, layout
-from services.fusion.model.config import PATCH_AREA, RELEASED, FusionConfig
-from services.fusion.model.fusion import FusionModel, TextCache
-from services.fusion.model.layers import Ops
-from services.fusion.ops import Kernels, select_ops
+from benchmarks.collectives import CollectiveTimes, costliest, profile_collectives
+from benchmarks.common import (
+    CLIPS,
+    WARM_UP,
+    Clip,
+    Rates,
+    Times,
+    count_flop,
+    describe_run,
+    device_title,
+    measure_rates,
+    median_seconds,
+    preset,
+    random_model,
+    result_path,
+    save_result,
+    synchronize,
+)
+from services.fusion.model.config import FusionConfig
+from services.fusion.model.fusion import FusionModel, RopeTables
+from services.fusion.ops import Kernels, SelectedOps, select_ops
+from services.fusion.parallel.groups import make_groups
+from services.fusion.parallel.guidance import bind_split_guidance
+from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.parallel.sequence import SequenceParallelModel
+from services.fusion.sampling.denoise import Conditions, Latents, Predictor, bind_forward, bind_guidance, draw_noise
+from shared.group.ranks import Ranks, join_group, rank_device
 
+__all__ = ["CLIPS", "Clip", "count_flop", "measure_rates", "median_seconds", "random_model"]
 
-@dataclass(frozen=True)
-class Clip:
-    """Latent shape of a clip."""
-
-    frames: int
-    height: int
-    width: int
-    audio_length: int
-
-    @property
-    def video_tokens(self) -> int:
-        """Tokens of the video tower."""
-        return self.frames * self.height * self.width // PATCH_AREA
-
-
-CLIPS = {
-    "720x720_5s": Clip(31, 46, 44, 157),
-    "960x960_5s": Clip(31, 60, 60, 157),
-    "960x960_10s": Clip(61, 60, 60, 314),
-}
+SKIP_LAYER = 11
+ALONE = ParallelPlan(1, 1)
+_ALONE_REPEATS = 3
+_PROMPT_ROWS = 100
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured clip."""
+    """One clip under one plan."""
 
     clip: str
-    seconds: float
+    plan: str
+    ranks: int
+    step_s: float
+    """Median wall time of a guided step on rank 0."""
+    min_s: float
+    max_s: float
+    alone_s: float | None
+    """The same step on rank 0 alone; None where it is alone anyway."""
+    efficiency: float | None
+    """alone_s / (ranks x step_s)."""
     tflop: float
-    tflop_per_s: float
+    """Operations of a step on all ranks together."""
+    tflop_per_s_per_gpu: float
     floor_s: float
-    peak_gib: float
+    """Operations of the rank with the most work, each kind at the rate measured alone in the same run."""
+    peak_gib: float | None
+    """Most memory allocated on rank 0's GPU."""
+    collective_s: float | None
+    """Device time of rank 0's collectives in a step, waiting for the other ranks included."""
+    exposed_collective_s: float | None
+    """The part of it during which nothing else ran on rank 0's GPU."""
+    first_step_s: float
+    """Predictor made and first step: compiling, choice of kernels, recording of graphs."""
+    relative_error: float | None
+    """Largest difference of a prediction from rank 0's alone, as a part of its norm."""
 
 
-def count_flop(config: FusionConfig, clip: Clip) -> tuple[float, float]:
-    """Operations of one forward in (products, attention), a multiply-add counted as two; text K/V not included."""
-    video, audio, text, dim = clip.video_tokens, clip.audio_length, config.text_len, config.dim
-    products = 2 * (video + audio) * (8 * dim * dim + 2 * dim * config.ffn_dim)
-    pairs = video**2 + audio**2 + (video + audio) * text + 2 * video * audio
-    return config.num_layers * products, config.num_layers * 4.0 * pairs * dim
+@dataclass(frozen=True)
+class Machine:
+    """What a run measures on."""
+
+    device: torch.device
+    selected: SelectedOps
+    rates: Rates
+    repeats: int
 
 
-def random_model(config: FusionConfig, device: torch.device) -> FusionModel:
-    """The model with small normal weights, made on the device."""
-    torch.manual_seed(0)
-    weights = {}
-    for key, (dtype, shape) in layout(config).items():
-        weights[key] = torch.randn(shape, device=device, dtype=dtype).mul_(0.02)
-        if "norm" in key and key.endswith("weight"):
-            weights[key] += 1
-    return build(config, weights)
+@dataclass(frozen=True)
+class Subject:
+    """One clip and a model, ready to be stepped."""
+
+    model: FusionModel
+    rope: RopeTables
+    latents: Latents
+    conditions: Conditions
+    timestep: torch.Tensor
+
+    @classmethod
+    def make(cls, model: FusionModel, clip: Clip, device: torch.device) -> Subject:
+        """Seeded noise and texts, the same on every rank."""
+        noise = draw_noise((48, clip.frames, clip.height, clip.width), (clip.audio_length, 20), 0)
+        generator = torch.Generator().manual_seed(1)
+        shape = (_PROMPT_ROWS, model.config.text_dim)
+        texts = [torch.randn(shape, generator=generator).to(device) for _ in range(3)]
+        return cls(
+            model,
+            model.rope_tables((clip.frames, clip.height, clip.width), clip.audio_length).to(device),
+            Latents(noise.video_CFHW.to(device), noise.audio_SC.to(device)),
+            Conditions(model.encode_text(texts[0], texts[0]), model.encode_text(texts[1], texts[2]), None),
+            torch.tensor(500.0, device=device),
+        )
+
+    def step(self, predict: Predictor) -> tuple[Latents, Latents | None]:
+        """Both predictions of a step, finished."""
+        result = predict(self.latents, self.timestep, self.conditions, skip_layer=SKIP_LAYER)
+        synchronize(self.latents.video_CFHW.device)
+        return result
 
 
-def measure_rates(device: torch.device) -> tuple[float, float, float]:
-    """This GPU's bf16 product FLOP/s (8192^3), attention FLOP/s (24 heads of 128, 16384 tokens), copy bytes/s."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * 8192**3 / median_seconds(lambda: a @ b, 10)
-    kernel = select_attention(device, torch.bfloat16)
-    q, k, v = (torch.randn(16384, 24, 128, device=device, dtype=torch.bfloat16) for _ in range(3))
-    attention = 4 * 16384**2 * 3072 / median_seconds(lambda: kernel.call(q, k, v), 10)
-    source = torch.randn(1 << 30, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * 4 * (1 << 30) / median_seconds(lambda: target.copy_(source), 10)
-    return product, attention, copy
+def make_predictor(subject: Subject, machine: Machine, plan: ParallelPlan) -> Predictor:
+    """The service's predictor of a plan; a collective if it has several ranks."""
+    ops = machine.selected.ops
+    if plan == ALONE:
+        return bind_guidance(bind_forward(subject.model, subject.rope, ops))
+    groups = make_groups(plan)
+    network = SequenceParallelModel(subject.model, groups.sequence) if plan.sequence_degree > 1 else subject.model
+    forward = bind_forward(network, subject.rope, ops)
+    return bind_split_guidance(forward, groups.guidance) if plan.guidance_degree > 1 else bind_guidance(forward)
 
 
-def median_seconds(call: object, repeats: int) -> float:
-    """Median device time of a call over `repeats`, after two warm-up calls."""
-    assert callable(call)
-    times = []
-    for index in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if index >= 2:
-            times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+@dataclass(frozen=True)
+class Steps:
+    """A plan's measured steps of one subject."""
+
+    times: Times
+    first_step_s: float
+    predictions: tuple[Latents, Latents | None]
+    peak_gib: float | None
+    collectives: CollectiveTimes | None
 
 
-class Forward:
-    """One forward of a clip, ready to be called."""
+def run_steps(subject: Subject, machine: Machine, plan: ParallelPlan, repeats: int) -> Steps:
+    """Steps after a warm-up, then one under the profiler if there are collectives; on all ranks."""
+    cuda = machine.device.type == "cuda"
+    if dist.is_initialized():
+        dist.barrier()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    begin_s = time.perf_counter()
+    predict = make_predictor(subject, machine, plan)
+    predictions = subject.step(predict)
+    first_step_s = time.perf_counter() - begin_s
+    seconds = []
+    for _ in range(WARM_UP + repeats):
+        begin_s = time.perf_counter()
+        subject.step(predict)
+        seconds.append(time.perf_counter() - begin_s)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    collectives = profile_collectives(lambda: subject.step(predict)) if cuda and plan != ALONE else None
+    return Steps(Times.of(seconds[WARM_UP:]), first_step_s, predictions, peak_gib, collectives)
 
-    def __init__(self, model: FusionModel, clip: Clip, ops: Ops, device: torch.device) -> None:
-        dtype = torch.bfloat16
-        self._model, self._ops = model, ops
-        self._video = torch.randn(48, clip.frames, clip.height, clip.width, device=device)
-        self._audio = torch.randn(clip.audio_length, 20, device=device)
-        self._timestep = torch.tensor(500.0, device=device)
-        prompt = torch.randn(100, model.config.text_dim, device=device, dtype=dtype)
-        self._rope = model.rope_tables((clip.frames, clip.height, clip.width), clip.audio_length).to(device)
-        self._text: TextCache = model.encode_text(prompt, prompt)
 
-    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._model(self._video, self._audio, self._timestep, self._text, self._rope, self._ops)
+def step_work(config: FusionConfig, clip: Clip, plan: ParallelPlan, rates: Rates) -> tuple[float, float]:
+    """Operations of a step on all ranks in TFLOP, and its floor in seconds; the negative pass leaves out one layer."""
+    products, attention = count_flop(config, clip)
+    passes = 2 - 1 / config.num_layers
+    most = (1 if plan.guidance_degree == 2 else passes) / plan.sequence_degree
+    floor_s = most * (products / rates.product_flop_per_s + attention / rates.attention_flop_per_s)
+    return passes * (products + attention) / 1e12, floor_s
 
 
-def profile(forward: Forward) -> str:
-    """The 25 kernels that take the most device time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-        forward()
-        torch.cuda.synchronize()
-    return prof.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=80)
+def relative_error(ours: tuple[Latents, Latents | None], alone: tuple[Latents, Latents | None]) -> float:
+    """The largest of the four predictions' ‖ours - alone‖ / ‖alone‖."""
+    errors = []
+    for mine, theirs in zip(ours, alone, strict=True):
+        assert mine is not None and theirs is not None
+        pairs = ((mine.video_CFHW, theirs.video_CFHW), (mine.audio_SC, theirs.audio_SC))
+        errors += [float((a - b).norm() / b.norm()) for a, b in pairs]
+    return max(errors)
+
+
+def make_row(name: str, work: tuple[float, float], plan: ParallelPlan, steps: Steps, alone: Steps | None) -> Row:
+    """One line of the table."""
+    tflop, floor_s = work
+    step_s, ranks = steps.times.median_s, plan.world_size
+    return Row(
+        clip=name,
+        plan=plan.describe(),
+        ranks=ranks,
+        step_s=step_s,
+        min_s=steps.times.min_s,
+        max_s=steps.times.max_s,
+        alone_s=alone.times.median_s if alone else None,
+        efficiency=alone.times.median_s / (ranks * step_s) if alone else None,
+        tflop=tflop,
+        tflop_per_s_per_gpu=tflop / step_s / ranks,
+        floor_s=floor_s,
+        peak_gib=steps.peak_gib,
+        collective_s=steps.collectives.total_s if steps.collectives else None,
+        exposed_collective_s=steps.collectives.exposed_s if steps.collectives else None,
+        first_step_s=steps.first_step_s,
+        relative_error=relative_error(steps.predictions, alone.predictions) if alone else None,
+    )
+
+
+def measure_clip(
+    name: str, clip: Clip, model: FusionModel, machine: Machine, plans: list[ParallelPlan]
+) -> Iterator[Row]:
+    """Every plan on one clip; on all ranks."""
+    subject = Subject.make(model, clip, machine.device)
+    together = any(plan != ALONE for plan in plans)
+    alone = run_steps(subject, machine, ALONE, _ALONE_REPEATS) if together else None
+    for plan in plans:
+        steps = run_steps(subject, machine, plan, machine.repeats)
+        work = step_work(model.config, clip, plan, machine.rates)
+        yield make_row(name, work, plan, steps, alone if plan != ALONE else None)
+
+
+def parse_plans(text: str, world_size: int, num_heads: int) -> list[ParallelPlan]:
+    """Plans for this number of ranks.
+
+    Raises:
+        ValueError: one needs another number of ranks, or does not fit the heads.
+    """
+    plans = []
+    for word in text.split(","):
+        plan = ParallelPlan.auto(world_size, num_heads) if word == "auto" else ParallelPlan(*map(int, word.split("x")))
+        plan.require_heads(num_heads)
+        if plan.world_size not in (1, world_size):
+            raise ValueError(f"--plans: {word} needs {plan.world_size} ranks, there are {world_size}")
+        plans.append(plan)
+    return plans
+
+
+def _say(what: object) -> None:
+    """Print on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        sys.stdout.write(f"{what}\n")
+        sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--clips", default=",".join(CLIPS))
+    add("--plans", default="auto")
+    add("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
+    add("--device", choices=["cuda", "cpu"], default="cuda")
+    add("--preset", choices=["full", "tiny"], default="full")
+    add("--repeats", type=int, default=5)
+    add("--profile", action="store_true", help="print the costliest kernels of a step of the first clip")
+    add("--save", action="store_true", help="keep the result in benchmarks/results")
+    add("--json", type=Path, help="keep the result in this file")
+    return parser
 
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", default=",".join(CLIPS))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
-    parser.add_argument("--profile", action="store_true", help="print the costliest kernels of the first clip")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    device = torch.device("cuda", 0)
-    selected = select_ops(device, torch.bfloat16, Kernels(args.kernels))
-    product_rate, attention_rate, copy_rate = measure_rates(device)
-    torch.cuda.empty_cache()
-    rates = {
-        "product_tflop_per_s": product_rate / 1e12,
-        "attention_tflop_per_s": attention_rate / 1e12,
-        "copy_tb_per_s": copy_rate / 1e12,
+    """Measure; print on rank 0."""
+    args = _parser().parse_args()
+    ranks = Ranks.from_environment(os.environ)
+    device = rank_device(torch.device(args.device), ranks)
+    fellowship = join_group(ranks, device) if ranks.world_size > 1 else None
+    chosen = preset(args.preset)
+    plans = parse_plans(args.plans, ranks.world_size, chosen.config.num_heads)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    selected = select_ops(device, dtype, Kernels(args.kernels))
+    machine = Machine(device, selected, measure_rates(device, dtype), args.repeats)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    begin_s = time.perf_counter()
+    model = random_model(chosen.config, device, dtype)
+    synchronize(device)
+    described = describe_run("fusion", device_title(device), ranks.world_size) | {
+        "preset": args.preset,
+        "kernels": selected.name,
+        "rates": asdict(machine.rates),
+        "model_made_s": time.perf_counter() - begin_s,
     }
-    out = sys.stdout.write
-    name = torch.cuda.get_device_name(device)
-    out(f"{name}, torch {torch.__version__}, {selected.name}, {rates}\n")
-    model = random_model(RELEASED, device)
+    _say(described)
     rows = []
-    for clip_name in args.clips.split(","):
-        clip = CLIPS[clip_name]
-        torch.cuda.reset_peak_memory_stats()
-        forward = Forward(model, clip, selected.ops, device)
-        seconds = median_seconds(forward, args.repeats)
-        products, attention = count_flop(RELEASED, clip)
-        floor = products / product_rate + attention / attention_rate
-        tflop = (products + attention) / 1e12
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        rows.append(Row(clip_name, seconds, tflop, tflop / seconds, floor, peak))
-        out(f"{rows[-1]}\n")
-        if args.profile and len(rows) == 1:
-            out(profile(forward))
-    if args.json:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "device": name,
-            "torch": torch.__version__,
-            "kernels": selected.name,
-            "rates": rates,
-            "rows": [asdict(row) for row in rows],
-        }
-        args.json.write_text(json.dumps(result, indent=1))
+    names = args.clips.split(",")
+    for name in names:
+        for row in measure_clip(name, chosen.clips[name], model, machine, plans):
+            rows.append(row)
+            _say(row)
+    if args.profile:
+        subject = Subject.make(model, chosen.clips[names[0]], device)
+        predict = make_predictor(subject, machine, plans[0])
+        subject.step(predict)
+        _say(costliest(lambda: subject.step(predict), device))
+    if ranks.rank == 0 and (args.save or args.json):
+        save_result(args.json or result_path(described), described, rows)
+    if fellowship is not None:
+        dist.barrier()
+        fellowship.leave()
 
 
 if __name__ == "__main__":

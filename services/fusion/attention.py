@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from services.fusion.model.layers import Attention
+from services.fusion.model.operations import Attention
 
 _SDPA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,

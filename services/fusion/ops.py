@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from services.fusion.attention import select_attention
-from services.fusion.model.layers import Ops
+from services.fusion.fp8 import Fp8Operations, has_fp8_products
+from services.fusion.model.operations import Ops
 
 
 class Kernels(enum.Enum):
@@ -26,6 +29,25 @@ class SelectedOps:
 
     name: str
     ops: Ops
+    fused: bool
+    """Whether projections side by side are used, see services.fusion.packing."""
+
+
+class SideStream:
+    """Together on CUDA: the second piece of work runs on a stream of its own, so that small kernels fill gaps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
+        """See Together. The caller keeps what both read until this returns, so no memory is reused too early."""
+        main = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            beside = second()
+        result = first()
+        main.wait_stream(self._stream)
+        return result, beside
 
 
 def select_ops(device: torch.device, dtype: torch.dtype, kernels: Kernels = Kernels.AUTO) -> SelectedOps:
@@ -40,8 +62,22 @@ def select_ops(device: torch.device, dtype: torch.dtype, kernels: Kernels = Kern
     if kernels is Kernels.FUSED and not can_fuse:
         raise ValueError(f"fused kernels need CUDA and Triton; the device is {device}")
     if kernels is Kernels.REFERENCE or not can_fuse:
-        return SelectedOps(attention.name, ops)
-    from services.fusion.kernels import linear_gelu, norm_and_rope, norm_rope
+        return SelectedOps(attention.name, ops, fused=False)
+    from services.fusion import kernels as fused
 
-    tower = replace(ops.video, norm_rope=norm_rope, norm_and_rope=norm_and_rope, linear_gelu=linear_gelu)
-    return SelectedOps(f"{attention.name}, fused kernels", Ops(tower, tower))
+    linears, feed_forward = fused.linears, fused.feed_forward
+    if has_fp8_products(device):
+        fp8 = Fp8Operations(fused.quantize_rows, fused.quantize_gelu_rows, linears, feed_forward)
+        linears, feed_forward = fp8.linears, fp8.feed_forward
+    audio = replace(
+        ops.audio,
+        norm_rope=fused.norm_rope,
+        norm_and_rope=fused.norm_and_rope,
+        residual_norms=fused.residual_norms,
+        linears=linears,
+        feed_forward=feed_forward,
+    )
+    # Many video tokens attend to few others; for the few audio tokens the attention kernels are the better ones.
+    half = dtype in (torch.bfloat16, torch.float16)
+    video = replace(audio, joint_attention=fused.joint_attention if half else None)
+    return SelectedOps(f"{attention.name}, fused kernels", Ops(video, audio, SideStream(device)), fused=True)

@@ -8,7 +8,7 @@ import torch
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build
 from services.fusion.model.config import FusionConfig
-from services.fusion.model.layers import Ops
+from services.fusion.model.operations import Ops
 from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.guidance import bind_split_guidance
 from services.fusion.parallel.plan import ParallelPlan, shard_sizes

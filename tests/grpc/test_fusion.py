@@ -18,7 +18,7 @@ from ovi.fusion.v1 import fusion_pb2 as pb
 from ovi.fusion.v1 import fusion_pb2_grpc as pb_grpc
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import FusionFile
-from services.fusion.model.layers import Ops
+from services.fusion.model.operations import Ops
 from services.fusion.sampling.denoise import Conditions, bind_forward, bind_guidance, denoise, draw_noise
 from shared.sampling_options import SamplingOptions
 from shared.service_main import EXIT_BAD_CONFIG

@@ -10,7 +10,7 @@ import torch
 
 from services.fusion.checkpoint import build, infer_config, layout
 from services.fusion.model.fusion import FusionModel
-from services.fusion.model.layers import Ops
+from services.fusion.model.operations import Ops
 from services.fusion.ops import Kernels, select_ops
 from services.fusion.sampling.denoise import Conditions, Latents, bind_forward, bind_guidance, denoise
 from services.fusion.sampling.solvers import FlowSolver

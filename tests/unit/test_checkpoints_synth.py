@@ -20,7 +20,7 @@ from cli.checkpoints.values import Normal, ValuePool
 from cli.checkpoints.writers import layout_bytes, replacing, write_pth, write_safetensors
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import FusionFile
-from services.fusion.model.layers import Ops
+from services.fusion.model.operations import Ops
 from services.text_encoder.engine import TextEngine
 from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
 from shared.checkpoints import SafetensorsHeader, read_pth

@@ -7,7 +7,7 @@ import torch
 
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build
-from services.fusion.model.layers import Ops
+from services.fusion.model.operations import Ops
 from services.fusion.sampling.denoise import (
     Conditions,
     Latents,
@@ -146,14 +146,15 @@ def test_time_rows_of_a_clean_frame_equal_a_token_by_token_reference(model) -> N
     per_frame = tokens.shape[0] // VIDEO[1]
     times = torch.tensor([0.0] * per_frame + [700.0] * (len(tokens) - per_frame))
     _, time_T6D = tower.time_rows(times)
-    from services.fusion.model.layers import add_gated, modulated_norm
+    from services.fusion.model.layers import Affine
+    from services.fusion.model.operations import add_gated, affine_norm
 
     shift, scale, gate, *_ = block.modulation(time_T6D).unbind(1)
     centred = tokens - tokens.mean(-1, keepdim=True)
     normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     _, rows = tower.time_rows(torch.tensor([0.0, 700.0]))
     row_shift, row_scale, row_gate, *_ = block.modulation(rows).unbind(1)
-    ours = modulated_norm(tokens, row_shift, row_scale, per_frame)
+    ours = affine_norm(tokens, Affine(1 + row_scale, row_shift), per_frame)
     torch.testing.assert_close(ours, normal * (1 + scale) + shift, atol=1e-5, rtol=1e-5)
     gated = add_gated(tokens, normal, row_gate, per_frame)
     torch.testing.assert_close(gated, tokens + gate * normal, atol=1e-6, rtol=1e-5)

@@ -8,16 +8,8 @@ import torch
 from torch import nn
 
 from services.fusion.model.config import FusionConfig
-from services.fusion.model.layers import (
-    EPS,
-    Modulation,
-    ModulationTable,
-    RMSNorm,
-    Rope,
-    TowerOps,
-    add_gated,
-    modulated_norm,
-)
+from services.fusion.model.layers import EPS, Affine, Modulation, ModulationTable, RMSNorm, Rope
+from services.fusion.model.operations import Together, TowerOps
 
 
 class TextKV(NamedTuple):
@@ -49,10 +41,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, rope: Rope, ops: TowerOps) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        q_TNK = ops.norm_rope(self.q(x_TD), self.norm_q.weight, rope, self.num_heads)
-        k_TNK = ops.norm_rope(self.k(x_TD), self.norm_k.weight, rope, self.num_heads)
-        v_TNK = self.v(x_TD).unflatten(-1, (self.num_heads, -1))
-        return self.o(ops.self_attention(q_TNK, k_TNK, v_TNK).flatten(1))
+        q_TD, k_TD, v_TD = ops.linears((self.q, self.k, self.v), x_TD)
+        q_TNK = ops.norm_rope(q_TD, self.norm_q.weight, rope, self.num_heads)
+        k_TNK = ops.norm_rope(k_TD, self.norm_k.weight, rope, self.num_heads)
+        v_TNK = v_TD.unflatten(-1, (self.num_heads, -1))
+        (out_TD,) = ops.linears((self.o,), ops.self_attention(q_TNK, k_TNK, v_TNK).flatten(1))
+        return out_TD
 
 
 class CrossFusion(nn.Module):
@@ -80,14 +74,15 @@ class CrossFusion(nn.Module):
         other_rope: Rope,
         ops: TowerOps,
     ) -> torch.Tensor:
-        """(T, D) -> (T, D); `other_SD` are the tokens of the other tower."""
-        q_TNK, rotated_q_TNK = ops.norm_and_rope(self.q(x_TD), self.norm_q.weight, rope, self.num_heads)
-        y_SD = self.pre_attn_norm_fusion(other_SD)
-        k_SNK = ops.norm_rope(self.k_fusion(y_SD), self.norm_k_fusion.weight, other_rope, self.num_heads)
-        v_SNK = self.v_fusion(y_SD).unflatten(-1, (self.num_heads, -1))
-        from_text_TNK = ops.text_attention(q_TNK, text.k_LNK, text.v_LNK)
-        from_other_TNK = ops.other_attention(rotated_q_TNK, k_SNK, v_SNK)
-        return self.o((from_text_TNK + from_other_TNK).flatten(1))
+        """(T, D) -> (T, D), of tokens after norm3; `other_SD` are the other tower's after pre_attn_norm_fusion."""
+        (q_TD,) = ops.linears((self.q,), x_TD)
+        q_TNK, rotated_q_TNK = ops.norm_and_rope(q_TD, self.norm_q.weight, rope, self.num_heads)
+        k_SD, v_SD = ops.linears((self.k_fusion, self.v_fusion), other_SD)
+        k_SNK = ops.norm_rope(k_SD, self.norm_k_fusion.weight, other_rope, self.num_heads)
+        v_SNK = v_SD.unflatten(-1, (self.num_heads, -1))
+        attended_TNK = ops.attend_jointly(q_TNK, text, rotated_q_TNK, (k_SNK, v_SNK))
+        (out_TD,) = ops.linears((self.o,), attended_TNK.flatten(1))
+        return out_TD
 
 
 class TowerBlock(nn.Module):
@@ -109,14 +104,19 @@ class TowerBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(stream.time_R6D).unbind(1)
         return Modulation(shift1, scale1, gate1), Modulation(shift2, scale2, gate2)
 
-    def attend_self(self, x_TD: torch.Tensor, modulation: Modulation, stream: Stream) -> torch.Tensor:
-        """x + gate * SelfAttn(modulated LN(x))."""
-        y_TD = modulated_norm(x_TD, modulation.shift_RD, modulation.scale_RD, stream.clean)
-        return add_gated(x_TD, self.self_attn(y_TD, stream.rope, stream.ops), modulation.gate_RD, stream.clean)
+    def attend_self(
+        self, x_TD: torch.Tensor, modulation: Modulation, stream: Stream, readers: tuple[nn.LayerNorm, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """x + gate * SelfAttn(modulated LN(x)), and its norms for those who read it next."""
+        norms, clean = stream.ops.residual_norms, stream.clean
+        x_TD, (y_TD,) = norms(x_TD, None, None, clean, (modulation.affine,))
+        attended_TD = self.self_attn(y_TD, stream.rope, stream.ops)
+        return norms(x_TD, attended_TD, modulation.gate_RD, clean, tuple(Affine.of(norm) for norm in readers))
 
     def attend_others(
         self,
         x_TD: torch.Tensor,
+        normed_TD: torch.Tensor,
         modulation: Modulation,
         stream: Stream,
         text: TextKV,
@@ -124,10 +124,12 @@ class TowerBlock(nn.Module):
         other_rope: Rope,
     ) -> torch.Tensor:
         """x + CrossFusion(norm3(x)), then x + gate * FFN(modulated LN(x))."""
-        ops = stream.ops
-        x_TD = x_TD + self.cross_attn(self.norm3(x_TD), stream.rope, text, other_SD, other_rope, ops)
-        y_TD = modulated_norm(x_TD, modulation.shift_RD, modulation.scale_RD, stream.clean)
-        return add_gated(x_TD, self.ffn[2](ops.linear_gelu(self.ffn[0], y_TD)), modulation.gate_RD, stream.clean)
+        ops, clean = stream.ops, stream.clean
+        fused_TD = self.cross_attn(normed_TD, stream.rope, text, other_SD, other_rope, ops)
+        x_TD, (y_TD,) = ops.residual_norms(x_TD, fused_TD, None, clean, (modulation.affine,))
+        y_TD = ops.feed_forward(self.ffn[0], self.ffn[2], y_TD)
+        x_TD, _ = ops.residual_norms(x_TD, y_TD, modulation.gate_RD, clean, ())
+        return x_TD
 
 
 class FusedBlock(nn.Module):
@@ -146,13 +148,25 @@ class FusedBlock(nn.Module):
         audio_stream: Stream,
         video_text: TextKV,
         audio_text: TextKV,
+        together: Together,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(video tokens, audio tokens) -> the same, one block later; each tower sees the other's state before it."""
-        video_mod1, video_mod2 = self.video.modulations(video_stream)
-        audio_mod1, audio_mod2 = self.audio.modulations(audio_stream)
-        audio_SD = self.audio.attend_self(audio_SD, audio_mod1, audio_stream)
-        video_TD = self.video.attend_self(video_TD, video_mod1, video_stream)
-        return (
-            self.video.attend_others(video_TD, video_mod2, video_stream, video_text, audio_SD, audio_stream.rope),
-            self.audio.attend_others(audio_SD, audio_mod2, audio_stream, audio_text, video_TD, video_stream.rope),
+        video, audio = self.video, self.audio
+        video_mod1, video_mod2 = video.modulations(video_stream)
+        audio_mod1, audio_mod2 = audio.modulations(audio_stream)
+        (video_TD, video_normed), (audio_SD, audio_normed) = together(
+            lambda: video.attend_self(
+                video_TD, video_mod1, video_stream, (video.norm3, audio.cross_attn.pre_attn_norm_fusion)
+            ),
+            lambda: audio.attend_self(
+                audio_SD, audio_mod1, audio_stream, (audio.norm3, video.cross_attn.pre_attn_norm_fusion)
+            ),
+        )
+        return together(
+            lambda: video.attend_others(
+                video_TD, video_normed[0], video_mod2, video_stream, video_text, audio_normed[1], audio_stream.rope
+            ),
+            lambda: audio.attend_others(
+                audio_SD, audio_normed[0], audio_mod2, audio_stream, audio_text, video_normed[1], video_stream.rope
+            ),
         )

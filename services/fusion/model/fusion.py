@@ -11,14 +11,14 @@ from torch import nn
 from services.fusion.model.block import FusedBlock, Stream, TextKV, TowerBlock
 from services.fusion.model.config import PATCH_AREA, FusionConfig
 from services.fusion.model.layers import (
-    Ops,
+    Affine,
     Rope,
     audio_rope,
     linear_fp32,
-    modulated_norm,
     sinusoid,
     video_rope,
 )
+from services.fusion.model.operations import Ops, affine_norm
 
 AUDIO_KERNEL = 7
 
@@ -61,7 +61,7 @@ class Head(nn.Module):
     def forward(self, x_TD: torch.Tensor, time_RD: torch.Tensor, clean: int) -> torch.Tensor:
         """(T, D) -> (T, out)."""
         shift_RD, scale_RD = (self.modulation.float() + time_RD.unsqueeze(1)).unbind(1)
-        return self.head(modulated_norm(x_TD, shift_RD, scale_RD, clean))
+        return self.head(affine_norm(x_TD, Affine(1 + scale_RD, shift_RD), clean))
 
 
 class GatedConv(nn.Module):
@@ -249,7 +249,7 @@ class FusionModel(nn.Module):
             if index and index == skip_layer:
                 continue
             video_TD, audio_SD = block(
-                video_TD, audio_SD, video_stream, audio_stream, text.video[index], text.audio[index]
+                video_TD, audio_SD, video_stream, audio_stream, text.video[index], text.audio[index], ops.together
             )
         return (
             self.video_model.head(video_TD, time.video_RD, clean),

@@ -1,9 +1,7 @@
-"""Small parts of the towers: rotary positions, time, modulation, normalised attention inputs."""
+"""Small parts of the towers: rotary positions, time, modulation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,16 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.fusion.model.config import AUDIO_ROPE_SCALE
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(q_TNK, k_SNK, v_SNK) -> o_TNK: unmasked softmax attention with scale K^-0.5."""
-
-NormRope = Callable[[torch.Tensor, torch.Tensor, "Rope", int], torch.Tensor]
-"""(x_TD, weight_D, rope, num_heads) -> RMS-normed over D, split into heads, rotated, (T, N, K)."""
-NormAndRope = Callable[[torch.Tensor, torch.Tensor, "Rope", int], tuple[torch.Tensor, torch.Tensor]]
-"""The same, giving the normed heads both without and with rotation."""
-LinearGelu = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-"""(linear, x) -> GELU(linear(x)), tanh form."""
 
 EPS = 1e-6
 
@@ -73,6 +61,18 @@ def _rope(angles: torch.Tensor) -> Rope:
     return Rope(torch.polar(torch.ones_like(angles), angles).to(torch.complex64).unsqueeze(1))
 
 
+class Affine(NamedTuple):
+    """What follows a normalisation, each (R, D): with two rows, the first belongs to the clean tokens."""
+
+    scale_RD: torch.Tensor
+    shift_RD: torch.Tensor
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm) -> Affine:
+        """The learned one of a LayerNorm."""
+        return cls(norm.weight.unsqueeze(0), norm.bias.unsqueeze(0))
+
+
 class Modulation(NamedTuple):
     """Shift, scale and gate of one sub-layer, each (R, D) float32."""
 
@@ -80,30 +80,10 @@ class Modulation(NamedTuple):
     scale_RD: torch.Tensor
     gate_RD: torch.Tensor
 
-
-def _by_row(x_TD: torch.Tensor, rows: int, clean: int) -> tuple[torch.Tensor, ...]:
-    """The tokens of each modulation row: with two rows, the first `clean` tokens belong to row 0."""
-    return (x_TD,) if rows == 1 else (x_TD[:clean], x_TD[clean:])
-
-
-def modulated_norm(x_TD: torch.Tensor, shift_RD: torch.Tensor, scale_RD: torch.Tensor, clean: int) -> torch.Tensor:
-    """LN(x) * (1 + scale) + shift; LayerNorm without affine of its own, statistics in float32."""
-    scale, shift = (1 + scale_RD).type_as(x_TD), shift_RD.type_as(x_TD)
-    parts = [
-        F.layer_norm(part, x_TD.shape[-1:], scale[row], shift[row], EPS)
-        for row, part in enumerate(_by_row(x_TD, len(scale), clean))
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def add_gated(x_TD: torch.Tensor, y_TD: torch.Tensor, gate_RD: torch.Tensor, clean: int) -> torch.Tensor:
-    """x + gate * y, rounded once."""
-    out_TD = torch.empty_like(x_TD)
-    gate = gate_RD.type_as(x_TD)
-    split = (_by_row(tensor, len(gate), clean) for tensor in (x_TD, y_TD, out_TD))
-    for row, (x, y, out) in enumerate(zip(*split, strict=True)):
-        torch.addcmul(x, y, gate[row], out=out)
-    return out_TD
+    @property
+    def affine(self) -> Affine:
+        """LN(x) * (1 + scale) + shift."""
+        return Affine(1 + self.scale_RD, self.shift_RD)
 
 
 class ModulationTable(nn.Module):
@@ -130,50 +110,6 @@ def linear_fp32(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A Linear in float32 whatever its weights are stored in; for the few rows of the time embedding."""
     assert isinstance(layer, nn.Linear)
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
-
-
-def norm_rope(x_TD: torch.Tensor, weight_D: torch.Tensor, rope: Rope, num_heads: int) -> torch.Tensor:
-    """Reference of NormRope."""
-    return rope.apply(F.rms_norm(x_TD, weight_D.shape, weight_D, EPS).unflatten(-1, (num_heads, -1)))
-
-
-def norm_and_rope(
-    x_TD: torch.Tensor, weight_D: torch.Tensor, rope: Rope, num_heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reference of NormAndRope."""
-    normed_TNK = F.rms_norm(x_TD, weight_D.shape, weight_D, EPS).unflatten(-1, (num_heads, -1))
-    return normed_TNK, rope.apply(normed_TNK)
-
-
-def linear_gelu(linear: nn.Module, x_TD: torch.Tensor) -> torch.Tensor:
-    """Reference of LinearGelu."""
-    return F.gelu(linear(x_TD), approximate="tanh")
-
-
-@dataclass(frozen=True)
-class TowerOps:
-    """The operations of a tower that have several implementations of one function; chosen from outside."""
-
-    self_attention: Attention
-    text_attention: Attention
-    other_attention: Attention
-    """To the tokens of the other tower."""
-    norm_rope: NormRope = norm_rope
-    norm_and_rope: NormAndRope = norm_and_rope
-    linear_gelu: LinearGelu = linear_gelu
-
-
-class Ops(NamedTuple):
-    """The operations of both towers."""
-
-    video: TowerOps
-    audio: TowerOps
-
-    @classmethod
-    def of(cls, attention: Attention) -> Ops:
-        """One attention everywhere, the reference of everything else."""
-        tower = TowerOps(attention, attention, attention)
-        return cls(tower, tower)
 
 
 class RMSNorm(nn.Module):

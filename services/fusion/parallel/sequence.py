@@ -14,7 +14,8 @@ from torch import nn
 
 from services.fusion.model.config import PATCH_AREA
 from services.fusion.model.fusion import FusionModel, RopeTables, TextCache
-from services.fusion.model.layers import Attention, Ops, Rope
+from services.fusion.model.layers import Rope
+from services.fusion.model.operations import Attention, Ops
 from services.fusion.parallel.groups import Group
 from services.fusion.parallel.plan import shard_sizes
 
@@ -111,9 +112,9 @@ class SequenceParallelModel(nn.Module):
             min(max(clean - start, 0), sizes[group.index]),
             text,
             RopeTables(Rope(rope.video.rotation[own]), rope.audio),
-            Ops(
-                replace(ops.video, self_attention=UlyssesAttention(ops.video.self_attention, group, sizes)),
-                replace(ops.audio, other_attention=SplitKeyAttention(group)),
+            ops._replace(
+                video=replace(ops.video, self_attention=UlyssesAttention(ops.video.self_attention, group, sizes)),
+                audio=replace(ops.audio, other_attention=SplitKeyAttention(group)),
             ),
             skip_layer=skip_layer,
         )

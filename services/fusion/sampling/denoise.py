@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from services.fusion.model.fusion import RopeTables, TextCache
-from services.fusion.model.layers import Ops
+from services.fusion.model.operations import Ops
 from services.fusion.sampling.solvers import FlowSolver
 from shared.sampling_options import SamplingOptions
 

@@ -1,0 +1,141 @@
+"""The Triton kernels, interpreted on the CPU, against the reference operations; packing; the fp8 layers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from services.fusion.checkpoint import build, layout
+from services.fusion.fp8 import FP8, Fp8Linear, quantize, quantize_rows
+from services.fusion.model import operations
+from services.fusion.model.config import FusionConfig
+from services.fusion.model.layers import Affine, Rope
+from services.fusion.ops import Kernels, select_ops
+from services.fusion.packing import joint_rows, pack_projections
+
+SMALL = FusionConfig(dim=48, ffn_dim=80, freq_dim=16, text_dim=24, num_heads=2, num_layers=3, text_len=8)
+FLOAT32_TOLERANCE = 2e-5
+"""Sums of some hundred products of order 1 in another order."""
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def interpreted(name: str) -> None:
+    """Run a check of this file in a process in which Triton interprets: it decides so when it is imported."""
+    environment = dict(os.environ, TRITON_INTERPRET="1")
+    code = f"from tests.unit import test_fusion_kernels as checks; checks.{name}()"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "check", ["check_norm_rope", "check_residual_norms", "check_joint_attention", "check_quantize"]
+)
+def test_kernel_is_its_reference(check) -> None:
+    interpreted(check)
+
+
+def check_norm_rope() -> None:
+    from services.fusion import kernels
+
+    wide = normal(5, 3 * 48, seed=1)
+    x, weight = wide[:, 48:96], normal(48, seed=2)
+    angles = normal(5, 1, 12, seed=3)
+    rope = Rope(torch.polar(torch.ones_like(angles), angles))
+    ours, expected = (module.norm_and_rope(x, weight, rope, 2) for module in (kernels, operations))
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=FLOAT32_TOLERANCE, rtol=0)
+    assert torch.equal(kernels.norm_rope(x, weight, rope, 2), ours[1])
+
+
+def check_residual_norms() -> None:
+    from services.fusion import kernels
+
+    x, y = normal(7, 48, seed=1), normal(7, 48, seed=2)
+    one = Affine(normal(1, 48, seed=3), normal(1, 48, seed=4))
+    two = Affine(normal(2, 48, seed=5), normal(2, 48, seed=6))
+    gates = (None, normal(1, 48, seed=7), normal(2, 48, seed=8))
+    cases = [(None, None, affines) for affines in ((one,), (two,))]
+    cases += [(y, gate, affines) for gate in gates for affines in ((), (one,), (two, one))]
+    for other, gate, affines in cases:
+        ours, expected = (module.residual_norms(x, other, gate, 3, affines) for module in (kernels, operations))
+        torch.testing.assert_close(ours, expected, atol=FLOAT32_TOLERANCE, rtol=0)
+
+
+def check_joint_attention() -> None:
+    from services.fusion import kernels
+
+    q, rotated = normal(131, 2, 32, seed=1), normal(131, 2, 32, seed=2)
+    text = normal(70, 2, 32, seed=3), normal(70, 2, 32, seed=4)
+    packed = normal(65, 2 * 64, seed=5)
+    other = packed[:, :64].unflatten(1, (2, 32)), packed[:, 64:].unflatten(1, (2, 32))
+    attention = select_ops(torch.device("cpu"), torch.float32).ops.video
+    expected = attention.attend_jointly(q, text, rotated, other)
+    ours = kernels.joint_attention(q, text, rotated, other)
+    torch.testing.assert_close(ours, expected, atol=FLOAT32_TOLERANCE, rtol=0)
+
+
+def check_quantize() -> None:
+    from services.fusion import kernels
+
+    # Numbers of the type itself: the interpreter's conversion loses carries when it rounds.
+    x = normal(5, 80, seed=1).mul(100).to(FP8).float()
+    x[:, 7] = 448
+    x[2] = 0
+    values, scale = kernels.quantize_rows(x * 0.5)
+    expected, expected_scale = quantize_rows(x * 0.5)
+    assert torch.equal(values.float(), expected.float())
+    assert torch.equal(scale, expected_scale)
+    _, scale = kernels.quantize_gelu_rows(x)
+    _, expected_scale = quantize_rows(torch.nn.functional.gelu(x, approximate="tanh"))
+    torch.testing.assert_close(scale, expected_scale, atol=0, rtol=1e-5)
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    shapes = layout(SMALL).items()
+    return build(SMALL, {key: torch.randn(shape, generator=generator).mul(0.2).to(dtype) for key, (_, shape) in shapes})
+
+
+def test_packing_moves_weights_and_changes_none() -> None:
+    model, expected = small_model(), small_model().state_dict()
+    own = model.video_model.blocks[1].self_attn
+    assert joint_rows([own.q.weight, own.k.weight]) is None
+    pack_projections(model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    joint = joint_rows([own.q.weight, own.k.weight, own.v.weight])
+    assert joint is not None
+    assert torch.equal(joint, torch.cat([own.q.weight, own.k.weight, own.v.weight]))
+
+
+def test_fp8_replaces_the_wide_layers_of_the_inner_blocks_only() -> None:
+    model = small_model()
+    quantize(model)
+    pack_projections(model)
+    blocks = model.video_model.blocks
+    assert [isinstance(block.ffn[0], Fp8Linear) for block in blocks] == [False, True, False]
+    own = blocks[1].self_attn
+    joint = joint_rows([own.q.weight, own.k.weight, own.v.weight])
+    assert joint is not None
+    assert joint.dtype == FP8
+
+
+def test_an_fp8_layer_is_near_its_origin() -> None:
+    layer = torch.nn.Linear(64, 32)
+    x = normal(9, 64, seed=2)
+    ours, expected = Fp8Linear(layer)(x), layer(x)
+    # e4m3 has 3 bits after the point: each weight is off by up to 1/16 of itself, errors of 64 products average out.
+    assert (ours - expected).norm() < 0.05 * expected.norm()
+    assert (ours - expected).norm() > 0
+
+
+def test_fused_kernels_are_refused_where_they_cannot_run() -> None:
+    with pytest.raises(ValueError, match="CUDA"):
+        select_ops(torch.device("cpu"), torch.float32, Kernels.FUSED)
