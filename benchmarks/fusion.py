@@ -4,8 +4,8 @@
 `torchrun --standalone --nproc-per-node N -m benchmarks.fusion [--plans auto,1xN] ...`
 `... --device cpu --preset tiny` runs the same anywhere.
 
-A plan is GUIDANCExSEQUENCE, `auto` the one the service chooses, 1x1 every rank by itself. On several ranks every plan is
-compared with rank 0 alone, on the same machine in the same run.
+A plan is GUIDANCExSEQUENCE, `auto` the one the service chooses, 1x1 every rank by itself. On several ranks every plan
+is compared with rank 0 alone, on the same machine in the same run.
 """
 
 from __future__ import annotations
