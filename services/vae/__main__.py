@@ -7,6 +7,7 @@ import argparse
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
 from services.vae.config import VaeOptions
 from services.vae.engine import VaeEngine
+from services.vae.ops import Kernels
 from services.vae.request import MAX_LATENT_FRAMES
 from services.vae.scratch import remove_abandoned
 from services.vae.servicer import VaeServicer
@@ -55,8 +56,14 @@ def main() -> None:
         default=1,
         help="latent frames whose pictures are handed over together: fewer hand-overs, more memory (default: 1)",
     )
+    parser.add_argument(
+        "--kernels",
+        choices=[kernels.value for kernels in Kernels],
+        default="auto",
+        help="of the video decoder; auto: fused where they can run (default: %(default)s)",
+    )
     args = parser.parse_args()
-    options = VaeOptions(stage=stage_options(args), chunk_latent_frames=args.chunk_latent_frames)
+    options = VaeOptions(stage_options(args), args.chunk_latent_frames, Kernels(args.kernels))
     run_service("vae", args.log_level, options, run(options))
 
 

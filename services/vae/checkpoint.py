@@ -6,11 +6,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from services.vae.model.audio_vae import RELEASED_AUDIO_VAE, AudioVae, AudioVaeConfig, normalised_weight
+from services.vae.model.video_decoder import VideoDecoder
+from services.vae.model.video_layers import Ops, ReferenceOps
 from services.vae.model.video_vae import (
     LATENT_MEAN,
     LATENT_STD,
@@ -32,6 +35,7 @@ __all__ = [
     "VideoVaeConfig",
     "VocoderConfig",
     "anti_alias_filter",
+    "assemble_video_vae",
     "audio_vae_layout",
     "canonical_vocoder_layout",
     "infer_audio_config",
@@ -125,6 +129,7 @@ def load_video_vae(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    ops: Ops | None = None,
     latent_mean: Sequence[float] = LATENT_MEAN,
     latent_std: Sequence[float] = LATENT_STD,
 ) -> VideoVae:
@@ -134,6 +139,7 @@ def load_video_vae(
         path: `Wan2.2_VAE.pth`.
         device: where it shall run.
         dtype: of its arithmetic.
+        ops: the decoder's operations; None: plain PyTorch.
         latent_mean: of each latent channel, if not the released.
         latent_std: of each latent channel, if not the released.
 
@@ -150,11 +156,33 @@ def load_video_vae(
     released = {key: _released_video_key(key, config) for key in network.state_dict()}
     expected = {released[key]: (torch.float32, tuple(value.shape)) for key, value in network.state_dict().items()}
     require_layout(path, layout_of(tensors), expected)
-    weights = {key: tensors[name].to(device, dtype) for key, name in released.items()}
+    assign_weights(network, {key: tensors[name] for key, name in released.items()})
+    return assemble_video_vae(config, network, device, dtype, ops, latent_mean=latent_mean, latent_std=latent_std)
+
+
+def assemble_video_vae(
+    config: VideoVaeConfig,
+    network: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    ops: Ops | None = None,
+    *,
+    latent_mean: Sequence[float] = LATENT_MEAN,
+    latent_std: Sequence[float] = LATENT_STD,
+) -> VideoVae:
+    """The VAE of a network with float32 weights; see `load_video_vae`. The network is used up."""
+    # From the float32 weights: the decoder adds some of them up before it rounds.
+    decoder = VideoDecoder(network, ops or ReferenceOps(), device, dtype)
     if device.type == "cuda":
-        weights = {key: _channels_last(weight) for key, weight in weights.items()}
-    assign_weights(network, weights)
-    return VideoVae(config, network, latent_mean=latent_mean, latent_std=latent_std)
+        for half in (network.decoder, network.post_quant_conv):
+            half.to("meta")
+        for half in (network.encoder, network.quant_conv):
+            half.to(device, dtype)
+            for parameter in half.parameters():
+                parameter.data = _channels_last(parameter.data)
+    else:
+        network.to(device, dtype)
+    return VideoVae(config, network, decoder, latent_mean=latent_mean, latent_std=latent_std)
 
 
 def _channels_last(weight: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.vae.ops import Kernels
 from shared.service_main import StageOptions
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
 
@@ -19,6 +20,8 @@ class VaeOptions:
     chunk_latent_frames: int
     """Latent frames whose pictures are copied to the host, encoded and reported together.
 
-    It changes neither the frames nor the speed of the network, which steps one latent frame at a time; more means
-    fewer hand-overs, but more memory and a later stop on cancel.
+    It changes neither the frames nor the speed of the network; more means fewer hand-overs, but more memory and a
+    later stop on cancel.
     """
+    kernels: Kernels
+    """Implementations of the video decoder's operations."""

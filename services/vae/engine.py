@@ -25,6 +25,7 @@ from services.vae.model.audio_vae import AudioVae
 from services.vae.model.video_vae import VideoVae
 from services.vae.model.vocoder import Vocoder
 from services.vae.mp4 import ClipWriter, num_clip_samples
+from services.vae.ops import select_ops
 from shared.checkpoints import file_fingerprint
 from shared.device_memory import peak_gib, reset_peak
 from shared.errors import DiskFull
@@ -86,9 +87,10 @@ class VaeEngine:
         stage = options.stage
         # cuDNN would otherwise run float32 convolutions in TF32, which is audible in the vocoder's quiet passages.
         torch.backends.cudnn.allow_tf32 = False
+        ops = select_ops(stage.device, options.kernels)
         digest = hashlib.sha256("".join(file_fingerprint(stage.checkpoints / file) for file in WEIGHT_FILES).encode())
         return cls(
-            load_video_vae(stage.checkpoints / VIDEO_VAE_FILE, stage.device, stage.precision),
+            load_video_vae(stage.checkpoints / VIDEO_VAE_FILE, stage.device, stage.precision, ops=ops),
             load_audio_vae(stage.checkpoints / AUDIO_VAE_FILE, stage.device),
             load_vocoder(stage.checkpoints / VOCODER_FILE, stage.device),
             chunk_latent_frames=options.chunk_latent_frames,
@@ -103,11 +105,11 @@ class VaeEngine:
 
     def decode_video(self, latent_CFHW: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
         """RGB frames (f, 16H, 16W, 3) of a normalised latent, chunk by chunk, on the host."""
-        latent_BCFHW = latent_CFHW[None].to(self._device)
-        for pixels_BCFHW in self._video_vae.decode_chunks(latent_BCFHW, chunk_latent_frames=self._chunk_latent_frames):
-            levels_CFHW = pixels_BCFHW[0].float().add(1.0).mul(127.5).round().to(torch.uint8)
-            # Bytes on the device first: a quarter of the copy to the host, and its only synchronisation.
-            yield levels_CFHW.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+        pictures = self._video_vae.decode(latent_CFHW.to(self._device), torch.uint8)
+        if self._device.type == "cuda":
+            pictures = _copied_to_host(pictures, self._device)
+        for levels_FHWC in self._video_vae.regroup(pictures, self._chunk_latent_frames):
+            yield levels_FHWC.numpy()
 
     def decode_audio(self, latent_SC: torch.Tensor) -> NDArray[np.float32]:
         """Mono samples in [-1, 1] at 16 kHz, 512 for each row of a latent (S, 20)."""
@@ -160,6 +162,26 @@ class VaeEngine:
                 encoding.result()
         yield ClipProgress(writer.num_frames, shape.num_frames)
         yield ClipWritten(writer.num_frames, shape.pixel_height, shape.pixel_width, writer.num_samples)
+
+
+def _copied_to_host(pictures: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """The same on the host. While one is copied, the device works at the next."""
+    copies = torch.cuda.Stream(device)
+    ahead: tuple[torch.Tensor, torch.cuda.Event] | None = None
+    for levels_FHWC in pictures:
+        copies.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(copies):
+            host_FHWC = torch.empty(levels_FHWC.shape, dtype=levels_FHWC.dtype, pin_memory=True)
+            host_FHWC.copy_(levels_FHWC, non_blocking=True)
+            levels_FHWC.record_stream(copies)
+            copied = copies.record_event()
+        if ahead is not None:
+            ahead[1].synchronize()
+            yield ahead[0]
+        ahead = host_FHWC, copied
+    if ahead is not None:
+        ahead[1].synchronize()
+        yield ahead[0]
 
 
 def _add_chunk(writer: ClipWriter, frames_FHWC: NDArray[np.uint8], samples: NDArray[np.float32]) -> None:

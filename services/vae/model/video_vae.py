@@ -1,19 +1,20 @@
-"""The Wan2.2 video VAE: diffusers' network, driven so that decoding is a stream of frames.
+"""The Wan2.2 video VAE: diffusers' encoder, and our decoder over the same weights.
 
 Source: Wan (arXiv 2503.20314) section 4; strides 16x16x4, 48 channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import nn
 
-_PIXEL_CHANNELS = 3
+from services.vae.model.video_decoder import VideoDecoder
+from services.vae.model.video_layers import PIXEL_CHANNELS, Stripe
 
 # fmt: off
 LATENT_MEAN = (
@@ -78,7 +79,7 @@ def wan_network(config: VideoVaeConfig) -> nn.Module:
     Raises:
         ValueError: widths that do not divide as the shortcuts need.
     """
-    channels = _PIXEL_CHANNELS * config.patch_size**2
+    channels = PIXEL_CHANNELS * config.patch_size**2
     network: nn.Module = AutoencoderKLWan(
         base_dim=config.base_dim,
         decoder_base_dim=config.decoder_base_dim,
@@ -98,7 +99,7 @@ def wan_network(config: VideoVaeConfig) -> nn.Module:
 
 
 class VideoVae(nn.Module):
-    """Pixels in [-1, 1] to normalised latents and back. Latents are float32 outside, the network's dtype inside."""
+    """Pixels in [-1, 1] to normalised latents and back. Latents are float32 outside, the networks' dtype inside."""
 
     network: Any  # an AutoencoderKLWan; diffusers has no types
     mean_C111: torch.Tensor
@@ -108,6 +109,7 @@ class VideoVae(nn.Module):
         self,
         config: VideoVaeConfig,
         network: nn.Module,
+        decoder: VideoDecoder,
         *,
         latent_mean: Sequence[float] = LATENT_MEAN,
         latent_std: Sequence[float] = LATENT_STD,
@@ -115,22 +117,23 @@ class VideoVae(nn.Module):
         """
         Args:
             config: what `network` was built from.
-            network: from `wan_network`.
+            network: from `wan_network`; its encoder is run.
+            decoder: made of the same weights.
             latent_mean: of each latent channel.
             latent_std: of each latent channel.
         """
         super().__init__()
         self.config = config
         self.network = network
+        self.decoder = decoder
         device = next(network.parameters()).device
         for name, values in (("mean_C111", latent_mean), ("std_C111", latent_std)):
             column = torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
             self.register_buffer(name, column, persistent=False)
-        self._num_convs = sum(isinstance(module, nn.Conv3d) for module in self.network.decoder.modules())
 
     @property
     def dtype(self) -> torch.dtype:
-        """Arithmetic of the network."""
+        """Arithmetic of the networks."""
         return next(self.network.parameters()).dtype
 
     def encode(self, video_BCFHW: torch.Tensor) -> torch.Tensor:
@@ -142,26 +145,45 @@ class VideoVae(nn.Module):
         mean_BCFHW: torch.Tensor = posterior.mode().float()
         return (mean_BCFHW - self.mean_C111) / self.std_C111
 
-    def decode_chunks(self, latent_BCFHW: torch.Tensor, *, chunk_latent_frames: int) -> Iterator[torch.Tensor]:
-        """Pixels (B, 3, f, 16H, 16W) in [-1, 1] in the network's dtype, chunk by chunk.
+    def decode(
+        self, latent_CFHW: torch.Tensor, dtype: torch.dtype, stripe: Stripe | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Pictures (f, 16H, 16W, 3), as many at a time as the decoder makes together; see `VideoDecoder.stream`.
 
-        The first latent frame makes one picture, every further one four; a chunk has the pictures of
-        `chunk_latent_frames` latent frames (the last may have fewer). The last two frames of every causal convolution
-        are carried on, so memory does not grow with the length of the video. The network steps one latent frame at a
-        time whatever the chunk, so the frames are bit for bit the same for every chunk length. Nothing is lost by it:
-        at 960x960 on an H200 steps of 1, 2 and 4 latent frames take 0.189, 0.196 and 0.209 s for each, and 11, 16 and
-        27 GiB.
+        Memory does not grow with the length of the video.
+
+        Args:
+            latent_CFHW: normalised.
+            dtype: of the pictures: torch.uint8 for levels 0 to 255, else values in [-1, 1].
+            stripe: which rows `latent_CFHW` holds, if not the whole picture.
         """
-        latent_BCFHW = (latent_BCFHW.float() * self.std_C111 + self.mean_C111).to(self.dtype)
-        latent_BCFHW = self.network.post_quant_conv(latent_BCFHW)
-        feature_cache: list[torch.Tensor | None] = [None] * self._num_convs
-        pictures_BCFHW: list[torch.Tensor] = []
-        for index, frame_BC1HW in enumerate(latent_BCFHW.split(1, dim=2), start=1):
-            patches_BCFHW = self.network.decoder(
-                frame_BC1HW, feat_cache=feature_cache, feat_idx=[0], first_chunk=index == 1
-            )
-            patch_size = self.config.patch_size
-            pictures_BCFHW.append(unpatchify(patches_BCFHW, patch_size=patch_size).clamp(-1.0, 1.0))
-            if len(pictures_BCFHW) == chunk_latent_frames or index == latent_BCFHW.shape[2]:
-                yield torch.cat(pictures_BCFHW, dim=2)
-                pictures_BCFHW.clear()
+        latent_CFHW = (latent_CFHW.float() * self.std_C111 + self.mean_C111).to(self.dtype)
+        return self.decoder.stream(latent_CFHW.permute(1, 2, 3, 0).contiguous(), dtype, stripe)
+
+    def decode_chunks(self, latent_BCFHW: torch.Tensor, *, chunk_latent_frames: int) -> Iterator[torch.Tensor]:
+        """Pixels (1, 3, f, 16H, 16W) in [-1, 1] of one normalised latent, `chunk_latent_frames` latent frames a chunk.
+
+        Raises:
+            ValueError: several latents.
+        """
+        if len(latent_BCFHW) != 1:
+            raise ValueError(f"got {len(latent_BCFHW)} latents, one is decoded at a time")
+        for pixels_FHWC in self.regroup(self.decode(latent_BCFHW[0], self.dtype), chunk_latent_frames):
+            yield pixels_FHWC.permute(3, 0, 1, 2)[None]
+
+    def regroup(self, pictures: Iterable[torch.Tensor], chunk_latent_frames: int) -> Iterator[torch.Tensor]:
+        """The same pictures (f, ...), those of `chunk_latent_frames` latent frames at a time, the last fewer."""
+        every = chunk_latent_frames * self.config.temporal_stride
+        missing = every - self.config.temporal_stride + 1
+        held: list[torch.Tensor] = []
+        for piece in pictures:
+            while len(piece):
+                held.append(piece[:missing])
+                piece = piece[missing:]
+                missing -= len(held[-1])
+                if missing == 0:
+                    yield held[0] if len(held) == 1 else torch.cat(held)
+                    held.clear()
+                    missing = every
+        if held:
+            yield torch.cat(held)
