@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-Span = tuple[float, float]
-"""Begin and end in one unit of time."""
+from benchmarks.spans import Span, covered
+
 _COLLECTIVE_WORDS = ("nccl", "symm_mem")
 
 
@@ -20,26 +20,10 @@ class CollectiveTimes:
     exposed_s: float
 
 
-def merge(spans: Iterable[Span]) -> list[Span]:
-    """The same moments as spans that do not touch, in order."""
-    merged: list[Span] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def length(spans: Iterable[Span]) -> float:
-    """Time covered by at least one of the spans."""
-    return sum(end - begin for begin, end in merge(spans))
-
-
 def measure(collectives: list[Span], others: list[Span]) -> CollectiveTimes:
     """From the kernels of a step in microseconds; collectives on several streams count once."""
-    exposed = length(collectives + others) - length(others)
-    return CollectiveTimes(length(collectives) / 1e6, exposed / 1e6)
+    exposed = covered(collectives + others) - covered(others)
+    return CollectiveTimes(covered(collectives) / 1e6, exposed / 1e6)
 
 
 def profile_collectives(step: Callable[[], object]) -> CollectiveTimes:

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-encoder", default="127.0.0.1:50051", help="address of the text encoder (default: %(default)s)")
     add("--fusion", default="127.0.0.1:50052", help="address of the fusion service (default: %(default)s)")
     add("--vae", default="127.0.0.1:50053", help="address of the VAE service (default: %(default)s)")
-    add("--max-concurrent-jobs", type=int, default=2, help="jobs worked on at once (default: %(default)s)")
+    add("--max-concurrent-jobs", type=int, default=3, help="jobs worked on at once (default: %(default)s)")
     add("--worker-wait-s", type=float, default=600.0, help="seconds a job waits for a stage (default: %(default)s)")
     add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")

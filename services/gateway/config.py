@@ -22,7 +22,7 @@ class PipelineOptions:
     """How jobs are worked on."""
 
     max_concurrent_jobs: int
-    """Jobs worked on at once, at least 1; 2 lets the stages of two jobs overlap."""
+    """Jobs worked on at once, at least 1; 3 lets one be encoded and one decoded while another is denoised."""
     worker_wait_s: float
     """How long a job waits for a stage that is away, loading or full before it fails."""
     stage_timeout_s: float

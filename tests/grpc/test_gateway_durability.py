@@ -267,7 +267,7 @@ def test_crash_between_row_and_workflow_strands_nothing(stages, data_dir):
 
 def test_a_workflow_that_was_claimed_and_never_begun_is_begun(stages, data_dir):
     """A full disk can come between the two writes of a claim, or after the claim's end failed."""
-    with running_gateway(data_dir, *stages.flags) as gateway:
+    with running_gateway(data_dir, *stages.flags, "--max-concurrent-jobs", "2") as gateway:
         calls = [begin(gateway, stages)[1], begin(gateway, stages)[1]]
         waiting = gateway.create(seed=53)
         claim = "UPDATE workflow_status SET status = 'PENDING' WHERE workflow_uuid = ? AND status = 'ENQUEUED'"
