@@ -9,19 +9,17 @@ from pathlib import Path
 import torch
 
 from services.fusion.checkpoint import FusionFile
-from services.fusion.model.fusion import FusionModel, RopeTables
+from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Kernels, select_ops
+from services.fusion.packing import pack_projections
 from services.fusion.parallel.groups import Groups
-from services.fusion.parallel.guidance import bind_split_guidance
-from services.fusion.parallel.sequence import SequenceParallelModel
+from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import (
     Conditions,
     Latents,
     Predictor,
     StepDone,
-    bind_forward,
-    bind_guidance,
     denoise,
     draw_noise,
 )
@@ -46,6 +44,8 @@ class FusionEngine:
         dtype: torch.dtype,
         kernels: Kernels = Kernels.AUTO,
         groups: Groups | None = None,
+        *,
+        graphs: bool = True,
     ) -> None:
         """
         Args:
@@ -54,12 +54,15 @@ class FusionEngine:
             dtype: arithmetic of the model.
             kernels: implementations of the blocks' operations.
             groups: ranks that share every run; None if this process is alone.
+            graphs: record passes as CUDA graphs, where there is CUDA.
         """
         self._checkpoints = checkpoints
         self._device = device
         self._dtype = dtype
         self._groups = groups
         self._loaded: tuple[str, FusionModel] | None = None
+        self._bound: tuple[tuple[int, int, int, int], Predictor] | None = None
+        self._graphs = graphs and device.type == "cuda"
         # cuDNN would otherwise run float32 convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = False
         self.ops = select_ops(device, dtype, kernels)
@@ -122,11 +125,13 @@ class FusionEngine:
         """
         if self._loaded and self._loaded[0] == model:
             return self._loaded[1]
-        self._loaded = None
+        self._loaded = self._bound = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         start = time.perf_counter()
         network = self.served[model].file.load(self._device, self._dtype)
+        if self.ops.fused:
+            pack_projections(network)
         self._loaded = (model, network)
         log.info("model loaded", model=model, seconds=round(time.perf_counter() - start, 3))
         return network
@@ -160,7 +165,7 @@ class FusionEngine:
         self, network: FusionModel, noise: Latents, spec: RunSpec, inputs: RunInputs
     ) -> tuple[Predictor, Conditions]:
         _, frames, height, width = noise.video_CFHW.shape
-        rope = network.rope_tables((frames, height, width), len(noise.audio_SC)).to(self._device)
+        video_shape = (frames, height, width)
         negative = None
         if spec.options.needs_negative_pass:
             assert inputs.video_negative_LC is not None and inputs.audio_negative_LC is not None, "check_run saw them"
@@ -174,14 +179,14 @@ class FusionEngine:
             negative=negative,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
-        return self._predictor(network, rope), conditions
+        return self._predictor(network, video_shape, len(noise.audio_SC)), conditions
 
-    def _predictor(self, network: FusionModel, rope: RopeTables) -> Predictor:
-        """The model's passes, spread over the ranks if there are several."""
-        groups = self._groups
-        spread = groups is not None and groups.sequence.size > 1
-        model = SequenceParallelModel(network, groups.sequence) if groups is not None and spread else network
-        forward = bind_forward(model, rope, self.ops.ops)
-        if groups is not None and groups.guidance.size > 1:
-            return bind_split_guidance(forward, groups.guidance)
-        return bind_guidance(forward)
+    def _predictor(self, network: FusionModel, video_shape: tuple[int, int, int], audio_length: int) -> Predictor:
+        """The model's passes for one shape; kept until another shape or variant comes, with what was recorded."""
+        shape = (*video_shape, audio_length)
+        if self._bound is None or self._bound[0] != shape:
+            self._bound = None
+            rope = network.rope_tables(video_shape, audio_length).to(self._device)
+            predictor = make_predictor(network, rope, self.ops.ops, self._groups, graphs=self._graphs)
+            self._bound = (shape, predictor)
+        return self._bound[1]

@@ -12,12 +12,13 @@ import triton.language as tl
 from services.fusion.fp8 import FP8, LARGEST, SMALLEST_AMAX
 from services.fusion.model import operations
 from services.fusion.model.layers import EPS, Affine, Rope
-from services.fusion.model.operations import KV
+from services.fusion.model.operations import KV, TextKV
 from services.fusion.packing import joint_rows
 
 _LOG2_E = 1.4426950408889634
-_QUERY_BLOCK = 128
+_QUERY_BLOCK = 64
 _KEY_BLOCK = 64
+_ROW_WARPS = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -68,7 +69,7 @@ def _launch_norm_rope(
         EPS,
         normed_TD is not None,
         triton.next_power_of_2(dim),
-        num_warps=8,
+        num_warps=_ROW_WARPS,
     )
     return rotated_TD.unflatten(-1, (num_heads, -1))
 
@@ -166,7 +167,7 @@ def residual_norms(
         gate_RD is not x_TD,
         len(affines),
         triton.next_power_of_2(dim),
-        num_warps=8,
+        num_warps=_ROW_WARPS,
     )
     return sum_TD, outs
 
@@ -188,21 +189,28 @@ def _attend_keys(  # type: ignore[no-untyped-def]
     key_stride,
     value_stride,
     scale,
+    first_alike,
+    log2_alike,
     num_keys: tl.constexpr,
     head_dim: tl.constexpr,
     query_block: tl.constexpr,
     key_block: tl.constexpr,
 ):
-    """Softmax attention of a tile of queries to all keys of a head; `scale` is log2(e) / sqrt(K)."""
+    """Softmax attention of a tile of queries to the keys of a head; `scale` is log2(e) / sqrt(K).
+
+    Key `first_alike` stands for 2^log2_alike equal ones, and no key after it counts.
+    """
     channel = tl.arange(0, head_dim)
     maximum = tl.full((query_block,), float("-inf"), tl.float32)
     total = tl.zeros((query_block,), tl.float32)
     out = tl.zeros((query_block, head_dim), tl.float32)
     for start in range(0, num_keys, key_block):
         key = start + tl.arange(0, key_block)
-        there = key < num_keys
+        there = (key < num_keys) & (key <= first_alike)
         k = tl.load(k_ptr + key[None, :] * key_stride + channel[:, None], mask=there[None, :], other=0.0)
-        scores = tl.where(there[None, :], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
+        copies = tl.where(key == first_alike, log2_alike, 0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * scale + copies[None, :]
+        scores = tl.where(there[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, axis=1))
         weights = tl.exp2(scores - larger[:, None])
         shrink = tl.exp2(maximum - larger)
@@ -222,6 +230,7 @@ def _joint_attention_kernel(  # type: ignore[no-untyped-def]
     other_k_ptr,
     other_v_ptr,
     out_ptr,
+    num_rows_ptr,
     num_queries,
     text_k_stride,
     text_v_stride,
@@ -229,6 +238,7 @@ def _joint_attention_kernel(  # type: ignore[no-untyped-def]
     other_v_stride,
     scale,
     num_text: tl.constexpr,
+    bound: tl.constexpr,
     num_other: tl.constexpr,
     num_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -242,6 +252,8 @@ def _joint_attention_kernel(  # type: ignore[no-untyped-def]
     mask = (query < num_queries)[:, None]
     place = query[:, None] * (num_heads * head_dim) + head + channel[None, :]
     q = tl.load(q_ptr + place, mask=mask, other=0.0)
+    num_rows = tl.load(num_rows_ptr)
+    padding = tl.maximum(num_text - num_rows, 1).to(tl.float32)
     out = _attend_keys(
         q,
         text_k_ptr + head,
@@ -249,7 +261,9 @@ def _joint_attention_kernel(  # type: ignore[no-untyped-def]
         text_k_stride,
         text_v_stride,
         scale,
-        num_text,
+        num_rows,
+        tl.log2(padding),
+        bound,
         head_dim,
         query_block,
         key_block,
@@ -263,6 +277,8 @@ def _joint_attention_kernel(  # type: ignore[no-untyped-def]
         other_v_stride,
         scale,
         num_other,
+        0.0,
+        num_other,
         head_dim,
         query_block,
         key_block,
@@ -270,28 +286,34 @@ def _joint_attention_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def joint_attention(q_TNK: torch.Tensor, text: KV, rotated_q_TNK: torch.Tensor, other: KV) -> torch.Tensor:
-    """See JointAttention; for many queries and few keys, both sums made on the chip. K is a power of two."""
+def joint_attention(q_TNK: torch.Tensor, text: TextKV, rotated_q_TNK: torch.Tensor, other: KV) -> torch.Tensor:
+    """See JointAttention; for many queries and few keys, both sums made on the chip. K is a power of two.
+
+    The rows of padding after a prompt are all alike: one of them is attended to, with the weight of them all.
+    """
     tokens, num_heads, head_dim = q_TNK.shape
+    keys_and_values = (text.k_LNK, text.v_LNK, *other)
     assert q_TNK.is_contiguous() and rotated_q_TNK.is_contiguous()
-    assert all(x.stride(1) == head_dim and x.stride(2) == 1 for x in (*text, *other))
+    assert all(x.stride(1) == head_dim and x.stride(2) == 1 for x in keys_and_values)
     out_TNK = torch.empty_like(q_TNK)
+    text_len = len(text.k_LNK)
     _joint_attention_kernel[(triton.cdiv(tokens, _QUERY_BLOCK), num_heads)](
         q_TNK,
         rotated_q_TNK,
-        *text,
-        *other,
+        *keys_and_values,
         out_TNK,
+        text.num_rows,
         tokens,
-        *(x.stride(0) for x in (*text, *other)),
+        *(x.stride(0) for x in keys_and_values),
         _LOG2_E / head_dim**0.5,
-        len(text[0]),
+        text_len,
+        min(text.bound + 1, text_len),
         len(other[0]),
         num_heads,
         head_dim,
         _QUERY_BLOCK,
         _KEY_BLOCK,
-        num_warps=8,
+        num_warps=4,
         num_stages=3,
     )
     return out_TNK
@@ -356,7 +378,7 @@ def _launch_quantize(x_TD: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torc
         SMALLEST_AMAX,
         gelu,
         block,
-        num_warps=8 if block <= 4096 else 16,
+        num_warps=_ROW_WARPS if block <= 4096 else 2 * _ROW_WARPS,
     )
     return values_TD, scale_T1
 

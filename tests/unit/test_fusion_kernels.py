@@ -72,13 +72,18 @@ def check_joint_attention() -> None:
     from services.fusion import kernels
 
     q, rotated = normal(131, 2, 32, seed=1), normal(131, 2, 32, seed=2)
-    text = normal(70, 2, 32, seed=3), normal(70, 2, 32, seed=4)
     packed = normal(65, 2 * 64, seed=5)
     other = packed[:, :64].unflatten(1, (2, 32)), packed[:, 64:].unflatten(1, (2, 32))
     attention = select_ops(torch.device("cpu"), torch.float32).ops.video
-    expected = attention.attend_jointly(q, text, rotated, other)
-    ours = kernels.joint_attention(q, text, rotated, other)
-    torch.testing.assert_close(ours, expected, atol=FLOAT32_TOLERANCE, rtol=0)
+    # Of 90 rows the last 80, 26, none are padding, which is one row repeated.
+    for num_rows, bound in ((10, 64), (64, 64), (90, 90)):
+        text = [normal(90, 2, 32, seed=seed) for seed in (3, 4)]
+        for tensor in text:
+            tensor[num_rows:] = tensor[num_rows : num_rows + 1]
+        text_kv = operations.TextKV(*text, torch.tensor(num_rows, dtype=torch.int32), bound)
+        expected = attention.attend_jointly(q, text_kv, rotated, other)
+        ours = kernels.joint_attention(q, text_kv, rotated, other)
+        torch.testing.assert_close(ours, expected, atol=FLOAT32_TOLERANCE, rtol=0)
 
 
 def check_quantize() -> None:

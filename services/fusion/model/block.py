@@ -9,14 +9,7 @@ from torch import nn
 
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.layers import EPS, Affine, Modulation, ModulationTable, RMSNorm, Rope
-from services.fusion.model.operations import Together, TowerOps
-
-
-class TextKV(NamedTuple):
-    """Keys and values of the prompt for one block of one tower, each (L, N, K); the same for every step of a job."""
-
-    k_LNK: torch.Tensor
-    v_LNK: torch.Tensor
+from services.fusion.model.operations import TextKV, Together, TowerOps
 
 
 class Stream(NamedTuple):
@@ -60,10 +53,10 @@ class CrossFusion(nn.Module):
         self.norm_q, self.norm_k, self.norm_k_fusion = (RMSNorm(dim) for _ in range(3))
         self.pre_attn_norm_fusion = nn.LayerNorm(dim, eps=EPS)
 
-    def text_kv(self, text_LD: torch.Tensor) -> TextKV:
-        """Keys and values of the embedded text (L, D)."""
+    def text_kv(self, text_LD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (L, N, K) of the embedded text (L, D)."""
         heads = (self.num_heads, -1)
-        return TextKV(self.norm_k(self.k(text_LD)).unflatten(-1, heads), self.v(text_LD).unflatten(-1, heads))
+        return self.norm_k(self.k(text_LD)).unflatten(-1, heads), self.v(text_LD).unflatten(-1, heads)
 
     def forward(
         self,

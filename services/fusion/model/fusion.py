@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from services.fusion.model.block import FusedBlock, Stream, TextKV, TowerBlock
+from services.fusion.model.block import FusedBlock, Stream, TowerBlock
 from services.fusion.model.config import PATCH_AREA, FusionConfig
 from services.fusion.model.layers import (
     Affine,
@@ -18,9 +18,11 @@ from services.fusion.model.layers import (
     sinusoid,
     video_rope,
 )
-from services.fusion.model.operations import Ops, affine_norm
+from services.fusion.model.operations import Ops, TextKV, affine_norm
 
 AUDIO_KERNEL = 7
+TEXT_STRIDE = 64
+"""TextKV.bound is 1 less than a multiple of this, to leave room for a row of padding."""
 
 
 class TextCache(NamedTuple):
@@ -64,19 +66,31 @@ class Head(nn.Module):
         return self.head(affine_norm(x_TD, Affine(1 + scale_RD, shift_RD), clean))
 
 
+class RowConv(nn.Conv1d):
+    """A 1-d convolution of kernel 7 along rows, as one product with windows of them: no weight is rearranged for it."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, bias: bool) -> None:
+        super().__init__(in_dim, out_dim, AUDIO_KERNEL, padding=AUDIO_KERNEL // 2, bias=bias)
+
+    def forward(self, x_SC: torch.Tensor) -> torch.Tensor:
+        """(S, in) -> (S, out)."""
+        pad = AUDIO_KERNEL // 2
+        windows_SCK = F.pad(x_SC, (0, 0, pad, pad)).unfold(0, AUDIO_KERNEL, 1)
+        return F.linear(windows_SCK.flatten(1), self.weight.flatten(1), self.bias)
+
+
 class GatedConv(nn.Module):
-    """w2(silu(w1 x) * w3 x) with 1-d convolutions of kernel 7 along the sequence, without bias."""
+    """w2(silu(w1 x) * w3 x), without bias."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        pad = AUDIO_KERNEL // 2
-        self.w1 = nn.Conv1d(dim, hidden_dim, AUDIO_KERNEL, padding=pad, bias=False)
-        self.w2 = nn.Conv1d(hidden_dim, dim, AUDIO_KERNEL, padding=pad, bias=False)
-        self.w3 = nn.Conv1d(dim, hidden_dim, AUDIO_KERNEL, padding=pad, bias=False)
+        self.w1 = RowConv(dim, hidden_dim, bias=False)
+        self.w2 = RowConv(hidden_dim, dim, bias=False)
+        self.w3 = RowConv(dim, hidden_dim, bias=False)
 
-    def forward(self, x_DS: torch.Tensor) -> torch.Tensor:
-        """(D, S) -> (D, S)."""
-        return self.w2(F.silu(self.w1(x_DS)) * self.w3(x_DS))
+    def forward(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """(S, D) -> (S, D)."""
+        return self.w2(F.silu(self.w1(x_SD)) * self.w3(x_SD))
 
 
 class Tower(nn.Module):
@@ -96,9 +110,13 @@ class Tower(nn.Module):
 
     def text_kv(self, text_LC: torch.Tensor) -> tuple[TextKV, ...]:
         """Every block's keys and values of a prompt (L, text_dim), zero-padded to text_len rows."""
-        padded = F.pad(text_LC, (0, 0, 0, self.config.text_len - text_LC.shape[0]))
-        embedded_LD = self.text_embedding(padded)
-        return tuple(cast("TowerBlock", block).cross_attn.text_kv(embedded_LD) for block in self.blocks)
+        rows, text_len = len(text_LC), self.config.text_len
+        embedded_LD = self.text_embedding(F.pad(text_LC, (0, 0, 0, text_len - rows)))
+        num_rows = torch.tensor(rows, dtype=torch.int32, device=text_LC.device)
+        bound = min(rows + TEXT_STRIDE - 1 - rows % TEXT_STRIDE, text_len)
+        return tuple(
+            TextKV(*cast("TowerBlock", block).cross_attn.text_kv(embedded_LD), num_rows, bound) for block in self.blocks
+        )
 
     def time_rows(self, timestep_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) timesteps -> (R, D) for the head and (R, 6, D) for the blocks, float32."""
@@ -134,15 +152,14 @@ class AudioTower(Tower):
     def __init__(self, config: FusionConfig) -> None:
         super().__init__(config, config.audio_channels)
         self.patch_embedding = nn.Sequential(
-            nn.Conv1d(config.audio_channels, config.dim, AUDIO_KERNEL, padding=AUDIO_KERNEL // 2),
+            RowConv(config.audio_channels, config.dim, bias=True),
             nn.SiLU(),
             GatedConv(config.dim, config.audio_mlp_dim),
         )
 
     def embed(self, latent_SC: torch.Tensor) -> torch.Tensor:
         """(S, C) -> (S, D)."""
-        x_CS = latent_SC.to(self.head.head.weight.dtype).T.unsqueeze(0)
-        return self.patch_embedding(x_CS).squeeze(0).T.contiguous()
+        return self.patch_embedding(latent_SC.to(self.head.head.weight.dtype))
 
 
 class FusionModel(nn.Module):

@@ -18,9 +18,22 @@ from services.fusion.model.layers import EPS, Affine, Rope
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q_TNK, k_SNK, v_SNK) -> o_TNK: unmasked softmax attention with scale K^-0.5."""
+
+
+class TextKV(NamedTuple):
+    """Keys and values of the prompt for one block of one tower; the same for every step of a job."""
+
+    k_LNK: torch.Tensor
+    v_LNK: torch.Tensor
+    num_rows: torch.Tensor
+    """Rows of the prompt, int32 scalar on the device; the rows after them are padding, and so all alike."""
+    bound: int
+    """At least num_rows and the same for prompts of similar length, so that work can be laid out for it."""
+
+
 KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, (S, N, K) each."""
-JointAttention = Callable[[torch.Tensor, KV, torch.Tensor, KV], torch.Tensor]
+JointAttention = Callable[[torch.Tensor, TextKV, torch.Tensor, KV], torch.Tensor]
 """(q_TNK, text, rotated_q_TNK, other) -> attention of q to text + attention of rotated q to other, (T, N, K)."""
 NormRope = Callable[[torch.Tensor, torch.Tensor, Rope, int], torch.Tensor]
 """(x_TD, weight_D, rope, num_heads) -> RMS-normed over D, split into heads, rotated, (T, N, K)."""
@@ -120,11 +133,11 @@ class TowerOps:
     linears: Linears = linears
     feed_forward: FeedForward = feed_forward
 
-    def attend_jointly(self, q_TNK: torch.Tensor, text: KV, rotated_q_TNK: torch.Tensor, other: KV) -> torch.Tensor:
+    def attend_jointly(self, q_TNK: torch.Tensor, text: TextKV, rotated_q_TNK: torch.Tensor, other: KV) -> torch.Tensor:
         """See JointAttention."""
         if self.joint_attention is not None:
             return self.joint_attention(q_TNK, text, rotated_q_TNK, other)
-        return self.text_attention(q_TNK, *text) + self.other_attention(rotated_q_TNK, *other)
+        return self.text_attention(q_TNK, text.k_LNK, text.v_LNK) + self.other_attention(rotated_q_TNK, *other)
 
 
 class Ops(NamedTuple):
