@@ -1,0 +1,49 @@
+"""The fusion service with one fault: `python -m benchmarks.faulty_fusion FLAG_FILE [flags of services.fusion]`.
+
+Once FLAG_FILE exists, the rank whose number it holds removes it and runs out of memory in its next step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import services.fusion.__main__
+from services.fusion import engine
+from services.fusion.sampling.denoise import Conditions, Latents, Predictor, StepDone, denoise
+from shared.sampling_options import SamplingOptions
+
+
+def faulty(predict: Predictor, flag: Path, rank: str) -> Predictor:
+    """The predictor, failing once the flag names this rank."""
+
+    def predict_or_fail(
+        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
+    ) -> tuple[Latents, Latents | None]:
+        if flag.exists() and flag.read_text() == rank:
+            flag.unlink()
+            raise torch.OutOfMemoryError("out of memory, as the flag file asked")
+        return predict(latents, timestep, conditions, skip_layer=skip_layer)
+
+    return predict_or_fail
+
+
+def main() -> None:
+    """Put the fault in and run the service."""
+    flag, rank = Path(sys.argv.pop(1)), os.environ.get("RANK", "0")
+
+    def denoise_with_fault(
+        predict: Predictor, noise: Latents, conditions: Conditions, options: SamplingOptions
+    ) -> Iterator[StepDone | Latents]:
+        return denoise(faulty(predict, flag, rank), noise, conditions, options)
+
+    engine.denoise = denoise_with_fault
+    services.fusion.__main__.main()
+
+
+if __name__ == "__main__":
+    main()
