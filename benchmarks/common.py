@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import statistics
@@ -16,6 +17,7 @@ import torch
 from cli.checkpoints.presets import PRESETS
 from services.fusion.attention import select_attention
 from services.fusion.checkpoint import build, layout
+from services.fusion.fp8 import FP8, has_fp8_products
 from services.fusion.model.config import PATCH_AREA, FusionConfig
 from services.fusion.model.fusion import FusionModel
 
@@ -68,6 +70,8 @@ class Rates:
     product_flop_per_s: float
     attention_flop_per_s: float
     copy_bytes_per_s: float
+    fp8_product_flop_per_s: float | None
+    """With a scale for every row; None where the device has no fp8 products."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,23 @@ def measure_rates(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
     source = torch.randn(values, device=device)
     target = torch.empty_like(source)
     copy_s = time_calls(lambda: target.copy_(source), 10, device).median_s
-    return Rates(2 * side**3 / product_s, 4 * tokens**2 * 24 * 128 / attention_s, 2 * 4 * values / copy_s)
+    return Rates(
+        2 * side**3 / product_s,
+        4 * tokens**2 * 24 * 128 / attention_s,
+        2 * 4 * values / copy_s,
+        _fp8_rate(side, device) if has_fp8_products(device) else None,
+    )
+
+
+def _fp8_rate(side: int, device: torch.device) -> float:
+    a, b = (torch.randn(side, side, device=device).to(FP8) for _ in range(2))
+    scale = torch.ones(side, 1, device=device)
+
+    def product() -> torch.Tensor:
+        scales = {"scale_a": scale, "scale_b": scale.t()}
+        return torch._scaled_mm(a, b.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return 2 * side**3 / time_calls(product, 10, device).median_s
 
 
 def time_calls(call: Callable[[], object], repeats: int, device: torch.device) -> Times:
@@ -148,33 +168,42 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def device_title(device: torch.device) -> str:
-    """Name of the hardware for people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def hardware_slug(title: str) -> str:
     """Name of the hardware in file names: "NVIDIA H200" is h200."""
     words = [word for word in title.lower().split() if word not in ("nvidia", "geforce", "tesla")]
     return "-".join(words)
 
 
-def describe_run(kind: str, title: str, gpus: int) -> dict[str, Any]:
+def describe_run(
+    kind: str, device: torch.device, gpus: int, options: argparse.Namespace, variant: str = ""
+) -> dict[str, Any]:
     """What every result file says of itself.
 
     Args:
         kind: which table the rows belong to.
-        title: name of the hardware.
+        device: one of those that were used.
         gpus: how many of them took part; ranks on a CPU.
+        options: the command's; those that name files are left out.
+        variant: switches that differ from what the services choose, in words.
     """
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"kind": kind, "date": date, "device": title, "gpus": gpus, "torch": torch.__version__}
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "kind": kind,
+        "date": date,
+        "device": title,
+        "gpus": gpus,
+        "variant": variant,
+        "torch": torch.__version__,
+        "options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)},
+    }
 
 
 def result_path(described: dict[str, Any]) -> Path:
-    """Where a run's result is kept: named by kind, hardware and date."""
-    hardware = hardware_slug(described["device"])
-    return RESULTS / f"{described['kind']}_{hardware}_{described['gpus']}gpu_{described['date']}.json"
+    """Where a run's result is kept: named by kind, hardware, variant and date."""
+    words = [described["kind"], hardware_slug(described["device"]), f"{described['gpus']}gpu"]
+    words += [described["variant"].replace(" ", "-")] if described["variant"] else []
+    return RESULTS / f"{'_'.join(words)}_{described['date']}.json"
 
 
 def save_result(path: Path, described: dict[str, Any], rows: list[Any]) -> None:

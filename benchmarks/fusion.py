@@ -30,7 +30,6 @@ from benchmarks.common import (
     Times,
     count_flop,
     describe_run,
-    device_title,
     measure_rates,
     median_seconds,
     preset,
@@ -39,14 +38,15 @@ from benchmarks.common import (
     save_result,
     synchronize,
 )
+from services.fusion.fp8 import quantize
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import FusionModel, RopeTables
 from services.fusion.ops import Kernels, SelectedOps, select_ops
+from services.fusion.packing import pack_projections
 from services.fusion.parallel.groups import make_groups
-from services.fusion.parallel.guidance import bind_split_guidance
+from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.parallel.plan import ParallelPlan
-from services.fusion.parallel.sequence import SequenceParallelModel
-from services.fusion.sampling.denoise import Conditions, Latents, Predictor, bind_forward, bind_guidance, draw_noise
+from services.fusion.sampling.denoise import Conditions, Latents, Predictor, draw_noise
 from shared.group.ranks import Ranks, join_group, rank_device
 
 __all__ = ["CLIPS", "Clip", "count_flop", "measure_rates", "median_seconds", "random_model"]
@@ -84,7 +84,9 @@ class Row:
     exposed_collective_s: float | None
     """The part of it during which nothing else ran on rank 0's GPU."""
     first_step_s: float
-    """Predictor made and first step: compiling, choice of kernels, recording of graphs."""
+    """Predictor made and first step: compiling and choice of kernels, as far as no step before has done it."""
+    second_step_s: float
+    """Recording of graphs."""
     relative_error: float | None
     """Largest difference of a prediction from rank 0's alone, as a part of its norm."""
 
@@ -95,6 +97,8 @@ class Machine:
 
     device: torch.device
     selected: SelectedOps
+    graphs: bool
+    fp8: bool
     rates: Rates
     repeats: int
 
@@ -131,15 +135,10 @@ class Subject:
         return result
 
 
-def make_predictor(subject: Subject, machine: Machine, plan: ParallelPlan) -> Predictor:
+def bind(subject: Subject, machine: Machine, plan: ParallelPlan) -> Predictor:
     """The service's predictor of a plan; a collective if it has several ranks."""
-    ops = machine.selected.ops
-    if plan == ALONE:
-        return bind_guidance(bind_forward(subject.model, subject.rope, ops))
-    groups = make_groups(plan)
-    network = SequenceParallelModel(subject.model, groups.sequence) if plan.sequence_degree > 1 else subject.model
-    forward = bind_forward(network, subject.rope, ops)
-    return bind_split_guidance(forward, groups.guidance) if plan.guidance_degree > 1 else bind_guidance(forward)
+    groups = make_groups(plan) if plan != ALONE else None
+    return make_predictor(subject.model, subject.rope, machine.selected.ops, groups, graphs=machine.graphs)
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,7 @@ class Steps:
 
     times: Times
     first_step_s: float
+    second_step_s: float
     predictions: tuple[Latents, Latents | None]
     peak_gib: float | None
     collectives: CollectiveTimes | None
@@ -161,26 +161,32 @@ def run_steps(subject: Subject, machine: Machine, plan: ParallelPlan, repeats: i
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begin_s = time.perf_counter()
-    predict = make_predictor(subject, machine, plan)
+    predict = bind(subject, machine, plan)
     predictions = subject.step(predict)
     first_step_s = time.perf_counter() - begin_s
     seconds = []
-    for _ in range(WARM_UP + repeats):
+    for _ in range(1 + WARM_UP + repeats):
         begin_s = time.perf_counter()
         subject.step(predict)
         seconds.append(time.perf_counter() - begin_s)
+    times, second_step_s = Times.of(seconds[1 + WARM_UP :]), seconds[0]
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     collectives = profile_collectives(lambda: subject.step(predict)) if cuda and plan != ALONE else None
-    return Steps(Times.of(seconds[WARM_UP:]), first_step_s, predictions, peak_gib, collectives)
+    return Steps(times, first_step_s, second_step_s, predictions, peak_gib, collectives)
 
 
-def step_work(config: FusionConfig, clip: Clip, plan: ParallelPlan, rates: Rates) -> tuple[float, float]:
+def step_work(config: FusionConfig, clip: Clip, plan: ParallelPlan, rates: Rates, *, fp8: bool) -> tuple[float, float]:
     """Operations of a step on all ranks in TFLOP, and its floor in seconds; the negative pass leaves out one layer."""
     products, attention = count_flop(config, clip)
     passes = 2 - 1 / config.num_layers
     most = (1 if plan.guidance_degree == 2 else passes) / plan.sequence_degree
-    floor_s = most * (products / rates.product_flop_per_s + attention / rates.attention_flop_per_s)
-    return passes * (products + attention) / 1e12, floor_s
+    products_s = products / rates.product_flop_per_s
+    if fp8:
+        # The first and the last block keep their precision, see services.fusion.fp8.
+        kept = 2 / config.num_layers
+        assert rates.fp8_product_flop_per_s is not None
+        products_s = kept * products_s + (1 - kept) * products / rates.fp8_product_flop_per_s
+    return passes * (products + attention) / 1e12, most * (products_s + attention / rates.attention_flop_per_s)
 
 
 def relative_error(ours: tuple[Latents, Latents | None], alone: tuple[Latents, Latents | None]) -> float:
@@ -213,6 +219,7 @@ def make_row(name: str, work: tuple[float, float], plan: ParallelPlan, steps: St
         collective_s=steps.collectives.total_s if steps.collectives else None,
         exposed_collective_s=steps.collectives.exposed_s if steps.collectives else None,
         first_step_s=steps.first_step_s,
+        second_step_s=steps.second_step_s,
         relative_error=relative_error(steps.predictions, alone.predictions) if alone else None,
     )
 
@@ -226,8 +233,19 @@ def measure_clip(
     alone = run_steps(subject, machine, ALONE, _ALONE_REPEATS) if together else None
     for plan in plans:
         steps = run_steps(subject, machine, plan, machine.repeats)
-        work = step_work(model.config, clip, plan, machine.rates)
+        work = step_work(model.config, clip, plan, machine.rates, fp8=machine.fp8)
         yield make_row(name, work, plan, steps, alone if plan != ALONE else None)
+
+
+def make_model(config: FusionConfig, machine: Machine, dtype: torch.dtype) -> FusionModel:
+    """A random model, prepared as the service prepares a loaded one."""
+    model = random_model(config, machine.device, dtype)
+    if machine.fp8:
+        quantize(model)
+    if machine.selected.fused:
+        pack_projections(model)
+    synchronize(machine.device)
+    return model
 
 
 def parse_plans(text: str, world_size: int, num_heads: int) -> list[ParallelPlan]:
@@ -259,6 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--clips", default=",".join(CLIPS))
     add("--plans", default="auto")
     add("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
+    add("--no-graphs", action="store_true", help="record no CUDA graphs")
+    add("--fp8", action="store_true", help="the fp8 tier; needs a GPU with fp8 products")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--preset", choices=["full", "tiny"], default="full")
     add("--repeats", type=int, default=5)
@@ -277,15 +297,17 @@ def main() -> None:
     fellowship = join_group(ranks, device) if ranks.world_size > 1 else None
     chosen = preset(args.preset)
     plans = parse_plans(args.plans, ranks.world_size, chosen.config.num_heads)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
     selected = select_ops(device, dtype, Kernels(args.kernels))
-    machine = Machine(device, selected, measure_rates(device, dtype), args.repeats)
-    if device.type == "cuda":
+    graphs = cuda and not args.no_graphs
+    machine = Machine(device, selected, graphs, args.fp8, measure_rates(device, dtype), args.repeats)
+    if cuda:
         torch.cuda.empty_cache()
     begin_s = time.perf_counter()
-    model = random_model(chosen.config, device, dtype)
-    synchronize(device)
-    described = describe_run("fusion", device_title(device), ranks.world_size) | {
+    model = make_model(chosen.config, machine, dtype)
+    words = ["fp8"] * args.fp8 + [args.kernels] * (args.kernels != "auto") + ["no graphs"] * args.no_graphs
+    described = describe_run("fusion", device, ranks.world_size, args, " ".join(words)) | {
         "preset": args.preset,
         "kernels": selected.name,
         "rates": asdict(machine.rates),
@@ -300,7 +322,7 @@ def main() -> None:
             _say(row)
     if args.profile:
         subject = Subject.make(model, chosen.clips[names[0]], device)
-        predict = make_predictor(subject, machine, plans[0])
+        predict = bind(subject, machine, plans[0])
         subject.step(predict)
         _say(costliest(lambda: subject.step(predict), device))
     if ranks.rank == 0 and (args.save or args.json):

@@ -26,7 +26,7 @@ import psutil
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.common import describe_run, device_title, result_path, save_result
+from benchmarks.common import describe_run, result_path, save_result
 from benchmarks.stack import Run, create, watch
 from cli.stack.gpus import choose_gpus
 from cli.stack.plan import ServiceSpec, StackOptions, plan_stack
@@ -160,8 +160,9 @@ class Bench:
         assert seen_s is not None, "the last state of a watched job is its end"
         state = pb.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
         new = before.isdisjoint(process.pid for process in self.processes().values())
-        seconds = (round(value, 2) for value in (seen_s, serving_s, ended_s))
-        return Recovery(fault.name, self.ranks, *seconds, state, job.attempts, new)
+        return Recovery(
+            fault.name, self.ranks, round(seen_s, 2), round(serving_s, 2), round(ended_s, 2), state, job.attempts, new
+        )
 
     def _states(self, job_id: str) -> Iterator[pb.Job]:
         for answer in self.jobs.WatchJob(pb.WatchJobRequest(id=job_id), timeout=self.bound_s):
@@ -277,10 +278,7 @@ async def main() -> None:
             recoveries, wrong = await asyncio.to_thread(measure_all, bench)
     if args.save or args.json:
         cuda = torch.cuda.is_available() and args.device != "cpu"
-        described = describe_run(
-            "recovery", device_title(torch.device("cuda", 0) if cuda else torch.device("cpu")), gpus
-        )
-        described |= {"run": args.run, "bound_s": args.bound_s}
+        described = describe_run("recovery", torch.device("cuda" if cuda else "cpu"), gpus, args)
         save_result(args.json or result_path(described), described, recoveries)
     if wrong:
         raise SystemExit("\n".join(wrong))

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import describe_run, device_title, result_path, save_result
+from benchmarks.common import describe_run, result_path, save_result
 from benchmarks.spans import Span, overlapped
 from cli.stack.gpus import choose_gpus
 from cli.stack.plan import StackOptions
@@ -251,7 +251,7 @@ async def main() -> None:
         rows, queues = await asyncio.to_thread(measure_all, stack.plan.grpc_address, runs, queue, logs)
     if args.save or args.json:
         cuda = torch.cuda.is_available() and args.device != "cpu"
-        described = describe_run("stack", device_title(torch.device("cuda", 0) if cuda else torch.device("cpu")), gpus)
+        described = describe_run("stack", torch.device("cuda" if cuda else "cpu"), gpus, args)
         described |= {"start_s": start_s, "queues": [asdict(one) for one in queues]}
         save_result(args.json or result_path(described), described, rows)
 

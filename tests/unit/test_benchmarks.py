@@ -54,14 +54,17 @@ def test_counted_operations_of_blocks_agree_with_torchs_counter() -> None:
 
 
 def test_floor_is_that_of_the_busiest_rank() -> None:
-    rates = Rates(product_flop_per_s=1e12, attention_flop_per_s=1e12, copy_bytes_per_s=1e12)
+    rates = Rates(1e12, attention_flop_per_s=1e12, copy_bytes_per_s=1e12, fp8_product_flop_per_s=2e12)
     one_pass = sum(count_flop(CONFIG, CLIP)) / 1e12
-    alone_tflop, alone_s = step_work(CONFIG, CLIP, ParallelPlan(1, 1), rates)
+    alone_tflop, alone_s = step_work(CONFIG, CLIP, ParallelPlan(1, 1), rates, fp8=False)
     assert alone_tflop == pytest.approx(one_pass * 5 / 3), "the negative pass leaves out one of three layers"
     assert alone_s == pytest.approx(alone_tflop)
-    guided_tflop, guided_s = step_work(CONFIG, CLIP, ParallelPlan(2, 2), rates)
+    guided_tflop, guided_s = step_work(CONFIG, CLIP, ParallelPlan(2, 2), rates, fp8=False)
     assert guided_tflop == alone_tflop
     assert guided_s == pytest.approx(one_pass / 2)
+    products, _ = count_flop(CONFIG, CLIP)
+    _, fp8_s = step_work(CONFIG, CLIP, ParallelPlan(2, 1), rates, fp8=True)
+    assert fp8_s == pytest.approx(one_pass - products / 1e12 / 6), "one of three layers takes half the time"
 
 
 def test_plans_of_other_numbers_of_ranks_are_refused() -> None:
