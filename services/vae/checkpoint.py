@@ -173,15 +173,14 @@ def assemble_video_vae(
     """The VAE of a network with float32 weights; see `load_video_vae`. The network is used up."""
     # From the float32 weights: the decoder adds some of them up before it rounds.
     decoder = VideoDecoder(network, ops or ReferenceOps(), device, dtype)
+    for part in network.children():
+        part.to(device, dtype)
     if device.type == "cuda":
-        for half in (network.decoder, network.post_quant_conv):
-            half.to("meta")
-        for half in (network.encoder, network.quant_conv):
-            half.to(device, dtype)
-            for parameter in half.parameters():
+        for part in (network.decoder, network.post_quant_conv):
+            part.to("meta")
+        for part in (network.encoder, network.quant_conv):
+            for parameter in part.parameters():
                 parameter.data = _channels_last(parameter.data)
-    else:
-        network.to(device, dtype)
     return VideoVae(config, network, decoder, latent_mean=latent_mean, latent_std=latent_std)
 
 

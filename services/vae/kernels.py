@@ -60,6 +60,8 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     channel = tl.arange(0, tile_channels)
     mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     at = pixel[:, None] * channels + channel[None, :]
+    # Running offsets are 64-bit as `pixel` is; a product of sizes might not fit 32.
+    frame_at, pair_at, sum_at, fed_at = at, at, at, at
     frame_size = num_pixels * channels
     row, column = pixel // width, pixel % width
     below, right = row % 2, column % 2
@@ -74,14 +76,14 @@ def _join_kernel(  # type: ignore[no-untyped-def]
         before1 = tl.load(past_ptr + past_stride + at, mask=mask, other=0.0).to(tl.float32)
     for frame in tl.static_range(frames):
         if form == 0:
-            value = tl.load(part0_ptr + frame * frame_size + at, mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(part0_ptr + frame_at, mask=mask, other=0.0).to(tl.float32)
         elif form == 1:
             if frame % 2 == 0:
-                pair = (frame // 2) * frame_size + at
-                part0 = tl.load(part0_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-                part1 = tl.load(part1_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-                part2 = tl.load(part2_ptr + pair, mask=mask, other=0.0).to(tl.float32)
-                part3 = tl.load(part3_ptr + pair, mask=mask, other=0.0).to(tl.float32)
+                part0 = tl.load(part0_ptr + pair_at, mask=mask, other=0.0).to(tl.float32)
+                part1 = tl.load(part1_ptr + pair_at, mask=mask, other=0.0).to(tl.float32)
+                part2 = tl.load(part2_ptr + pair_at, mask=mask, other=0.0).to(tl.float32)
+                part3 = tl.load(part3_ptr + pair_at, mask=mask, other=0.0).to(tl.float32)
+                pair_at += frame_size
                 value = part0 + part1 + part2
                 odd_value = part1 - part2 - part3
             else:
@@ -95,16 +97,21 @@ def _join_kernel(  # type: ignore[no-untyped-def]
         if has_bias:
             value += bias
         if shortcut_kind == 1:
-            value += tl.load(shortcut_ptr + frame * frame_size + at, mask=mask, other=0.0).to(tl.float32)
+            value += tl.load(shortcut_ptr + frame_at, mask=mask, other=0.0).to(tl.float32)
         if shortcut_kind == 2:
             copied = (frame + skipped_frames) // time_factor
             copy = (frame + skipped_frames) % time_factor
             source = (copied * half_pixels + (row // 2) * half_width + column // 2) * shortcut_channels
             inside = copy * 4 + 2 * below + right
-            of_channel = (channel[None, :] * (4 * time_factor) + inside[:, None]) // repeats
+            if repeats == 4 * time_factor:
+                of_channel = channel[None, :]
+            else:
+                of_channel = (channel[None, :] * (4 * time_factor) + inside[:, None]) // repeats
             value += tl.load(shortcut_ptr + source[:, None] + of_channel, mask=mask, other=0.0).to(tl.float32)
         if keep_sum:
-            tl.store(sum_ptr + frame * sum_stride + at, value.to(sum_ptr.dtype.element_ty), mask=mask)
+            tl.store(sum_ptr + sum_at, value.to(sum_ptr.dtype.element_ty), mask=mask)
+            sum_at += sum_stride
+        frame_at += frame_size
         if feed != 0:
             if has_norm:
                 length = tl.sqrt(tl.sum(value * value, axis=1))
@@ -112,16 +119,21 @@ def _join_kernel(  # type: ignore[no-untyped-def]
                 value = value * scale[:, None] * gamma
                 value = value * tl.sigmoid(value)
             if feed == 1:
-                tl.store(fed_ptr + frame * fed_stride + at, value.to(fed_ptr.dtype.element_ty), mask=mask)
+                tl.store(fed_ptr + fed_at, value.to(fed_ptr.dtype.element_ty), mask=mask)
+                fed_at += fed_stride
             elif frame % 2 == 0:
                 even_value = value
             else:
-                fed_at = fed_ptr + (frame // 2) * fed_stride + at
                 dtype = fed_ptr.dtype.element_ty
-                tl.store(fed_at, (before2 - even_value).to(dtype), mask=mask)
-                tl.store(fed_at + part_stride, (before1 + even_value).to(dtype), mask=mask)
-                tl.store(fed_at + 2 * part_stride, (even_value - before1).to(dtype), mask=mask)
-                tl.store(fed_at + 3 * part_stride, (before1 - value).to(dtype), mask=mask)
+                part_at = fed_at
+                tl.store(fed_ptr + part_at, (before2 - even_value).to(dtype), mask=mask)
+                part_at += part_stride
+                tl.store(fed_ptr + part_at, (before1 + even_value).to(dtype), mask=mask)
+                part_at += part_stride
+                tl.store(fed_ptr + part_at, (even_value - before1).to(dtype), mask=mask)
+                part_at += part_stride
+                tl.store(fed_ptr + part_at, (before1 - value).to(dtype), mask=mask)
+                fed_at += fed_stride
                 before2 = even_value
                 before1 = value
     if feed == 2:

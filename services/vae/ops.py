@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -42,7 +43,9 @@ def select_ops(device: torch.device, kernels: Kernels = Kernels.AUTO) -> Ops:
         raise ValueError(f"fused kernels need CUDA and Triton; the device is {device}")
     if kernels is Kernels.REFERENCE or not can_fuse:
         return ReferenceOps()
-    return FusedOps()
+    from services.vae import kernels as triton_kernels
+
+    return FusedOps(triton_kernels)
 
 
 class FusedOps:
@@ -57,13 +60,12 @@ class FusedOps:
 
     name = "fused"
 
-    def __init__(self, *, latent_frames_per_step: int = 2) -> None:
+    def __init__(self, kernels: Any, *, latent_frames_per_step: int = 2) -> None:
         """
         Args:
+            kernels: the module `services.vae.kernels`, which needs Triton.
             latent_frames_per_step: more fill the GPU better at the small levels and take more memory.
         """
-        from services.vae import kernels
-
         self._kernels = kernels
         self.latent_frames_per_step = latent_frames_per_step
 
