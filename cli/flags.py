@@ -31,6 +31,9 @@ Gpus = Annotated[
     str,
     typer.Option(help="Of the fusion service: auto (all a plan can use), or a number; with --device cpu, of ranks."),
 ]
+Quantization = Annotated[
+    str, typer.Option(help="Of the fusion service: none, or fp8: lossy, faster on Ada and Hopper, half the memory.")
+]
 TextEncoderDevice = Annotated[str, typer.Option(help="Of the text encoder: auto, cpu, cuda or cuda:N.")]
 Server = Annotated[str, typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a gateway's gRPC API.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")]

@@ -15,7 +15,7 @@ from cli.interrupt import Interrupted, run_interruptible
 from cli.stack.checkpoints import choose_checkpoints
 from cli.stack.display import StackDisplay
 from cli.stack.gpus import choose_gpus
-from cli.stack.plan import StackOptions
+from cli.stack.plan import StackOptions, require_quantization
 from cli.stack.stack import Stack, locked_data_dir, running_stack
 from cli.stack.supervisor import ServiceFailed
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
@@ -36,6 +36,7 @@ def up(
     device: flags.Device = "auto",
     text_encoder_device: flags.TextEncoderDevice = "auto",
     gpus: flags.Gpus = "auto",
+    quantization: flags.Quantization = "none",
 ) -> None:
     """Start the text encoder, fusion, VAE and gateway services, and keep them running.
 
@@ -46,7 +47,15 @@ def up(
         data_dir = data_dir.resolve()
         folder = prepare_checkpoints(checkpoints, preset, data_dir, console)
         options = StackOptions(
-            data_dir, folder, host, grpc_port, http_port, device, text_encoder_device, choose_gpus(gpus, device)
+            data_dir,
+            folder,
+            host,
+            grpc_port,
+            http_port,
+            device,
+            text_encoder_device,
+            choose_gpus(gpus, device),
+            require_quantization(quantization),
         )
         if host not in _LOOPBACK:
             console.print(f"--host {host}: whoever reaches it can use the service.", style="yellow", markup=False)

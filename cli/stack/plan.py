@@ -7,10 +7,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cli.errors import UsageProblem
 from cli.stack.ports import ReservedPort, connect_host, free_http_port, reserve_grpc_port
 
 STAGES = ("text_encoder", "fusion", "vae")
 GATEWAY = "gateway"
+
+QUANTIZATIONS = ("none", "fp8")
+"""See services.fusion.fp8; anything but none is lossy."""
 
 _LOOPBACK = "127.0.0.1"
 _RESTARTS = ("--max-restarts", "1000", "--monitor-interval", "0.2")
@@ -43,6 +47,8 @@ class StackOptions:
     text_encoder_device: str = "auto"
     gpus: int = 1
     """GPUs of the fusion service, a rank each; the other services use the first."""
+    quantization: str = "none"
+    """Of the fusion service: one of QUANTIZATIONS."""
     grace_s: float = 10.0
     """Seconds that calls under way have to end when the stack stops."""
 
@@ -80,6 +86,17 @@ class StackPlan:
         self.ports.close()
 
 
+def require_quantization(wanted: str) -> str:
+    """The value of `--quantization`.
+
+    Raises:
+        UsageProblem: it is none.
+    """
+    if wanted not in QUANTIZATIONS:
+        raise UsageProblem(f"--quantization: got {wanted!r}, allowed is one of {', '.join(QUANTIZATIONS)}")
+    return wanted
+
+
 def plan_stack(options: StackOptions) -> StackPlan:
     """Choose and reserve ports and write out every command.
 
@@ -113,7 +130,10 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     device = options.text_encoder_device if name == "text_encoder" else options.device
     arguments = ["--checkpoints", str(options.checkpoints), "--host", _LOOPBACK, "--port", str(port)]
     arguments += ["--device", device, "--grace-s", str(options.grace_s)]
-    ranks = options.gpus if name == "fusion" else 1
+    ranks = 1
+    if name == "fusion":
+        ranks = options.gpus
+        arguments += ["--quantization", options.quantization]
     return _service(options, name, f"{_LOOPBACK}:{port}", arguments, ranks)
 
 

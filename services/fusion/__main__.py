@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 from dataclasses import replace
@@ -9,9 +10,10 @@ from dataclasses import replace
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
+from services.fusion.fp8 import Quantization
 from services.fusion.group import LeadingEngine, follow
 from services.fusion.model.config import RELEASED
-from services.fusion.ops import Kernels
+from services.fusion.ops import Execution, Kernels
 from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.servicer import FusionServicer
@@ -63,10 +65,10 @@ async def run(options: FusionOptions) -> None:
 def _make_engine(options: FusionOptions) -> FusionEngine:
     stage = options.stage
     if options.ranks.world_size == 1:
-        return FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels)
+        return FusionEngine(stage.checkpoints, stage.device, stage.precision, options.execution)
     fellowship = join_group(options.ranks, stage.device)
     groups = make_groups(options.plan)
-    return LeadingEngine(stage.checkpoints, stage.device, stage.precision, options.kernels, groups, fellowship)
+    return LeadingEngine(stage.checkpoints, stage.device, stage.precision, options.execution, groups, fellowship)
 
 
 def run_follower(options: FusionOptions) -> None:
@@ -74,7 +76,7 @@ def run_follower(options: FusionOptions) -> None:
     stage = options.stage
     fellowship = join_group(options.ranks, stage.device)
     groups = make_groups(options.plan)
-    engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.kernels, groups)
+    engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.execution, groups)
     engine.discover()
     follow(engine, fellowship)
 
@@ -89,6 +91,15 @@ def main() -> None:
         default="auto",
         help="auto: fused where they can run (default: %(default)s)",
     )
+    parser.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="record passes as CUDA graphs"
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=[quantization.value for quantization in Quantization],
+        default="none",
+        help="fp8: lossy products of the wide layers, faster on Ada and Hopper (default: %(default)s)",
+    )
     args = parser.parse_args()
     ranks = Ranks.from_environment(os.environ)
     configure_logging("fusion", level=args.log_level, rank=ranks.rank)
@@ -99,7 +110,8 @@ def main() -> None:
         raise SystemExit(EXIT_BAD_CONFIG) from None
     stage = stage_options(args)
     stage = replace(stage, device=rank_device(stage.device, ranks))
-    options = FusionOptions(stage, args.model, Kernels(args.kernels), ranks, plan)
+    execution = Execution(Kernels(args.kernels), args.graphs, Quantization(args.quantization))
+    options = FusionOptions(stage, args.model, execution, ranks, plan)
     if ranks.world_size > 1:
         end_with_parent()
     if ranks.rank > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.fusion.ops import Kernels
+from services.fusion.ops import Execution
 from services.fusion.parallel.plan import ParallelPlan
 from shared.group.ranks import Ranks
 from shared.service_main import StageOptions
@@ -17,8 +17,8 @@ class FusionOptions:
     stage: StageOptions
     model: str | None
     """Variant to load at start; None loads the first that the folder has."""
-    kernels: Kernels
-    """Implementations of the blocks' operations."""
+    execution: Execution
+    """How passes are computed."""
     ranks: Ranks
     """This process among those of the service."""
     plan: ParallelPlan

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from services.fusion.checkpoint import FusionFile
+from services.fusion.fp8 import Quantization, quantize
 from services.fusion.model.fusion import FusionModel
-from services.fusion.ops import Kernels, select_ops
+from services.fusion.ops import Execution, select_ops
 from services.fusion.packing import pack_projections
 from services.fusion.parallel.groups import Groups
 from services.fusion.parallel.parallelize import make_predictor
@@ -42,19 +43,16 @@ class FusionEngine:
         checkpoints: Path,
         device: torch.device,
         dtype: torch.dtype,
-        kernels: Kernels = Kernels.AUTO,
+        execution: Execution | None = None,
         groups: Groups | None = None,
-        *,
-        graphs: bool = True,
     ) -> None:
         """
         Args:
             checkpoints: folder in the released layout.
             device: where the model runs.
             dtype: arithmetic of the model.
-            kernels: implementations of the blocks' operations.
+            execution: how passes are computed; None for the default.
             groups: ranks that share every run; None if this process is alone.
-            graphs: record passes as CUDA graphs, where there is CUDA.
         """
         self._checkpoints = checkpoints
         self._device = device
@@ -62,10 +60,10 @@ class FusionEngine:
         self._groups = groups
         self._loaded: tuple[str, FusionModel] | None = None
         self._bound: tuple[tuple[int, int, int, int], Predictor] | None = None
-        self._graphs = graphs and device.type == "cuda"
+        self._execution = execution or Execution()
         # cuDNN would otherwise run float32 convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = False
-        self.ops = select_ops(device, dtype, kernels)
+        self.ops = select_ops(device, dtype, self._execution.kernels)
         self.served: dict[str, ServedVariant] = {}
         """Variants that can be run, by id."""
         self.problems: dict[str, str] = {}
@@ -117,6 +115,12 @@ class FusionEngine:
             raise InvalidRequest.of("model", f"got {model[:100]!r}, allowed is one of {sorted(self.served)}")
         return self.served[model]
 
+    @property
+    def arithmetic(self) -> str:
+        """Of the products, in words."""
+        name = str(self._dtype).removeprefix("torch.")
+        return f"{name} arithmetic" if self._execution.quantization is Quantization.NONE else f"fp8 products in {name}"
+
     def load(self, model: str) -> FusionModel:
         """The model of this variant on the device; the one before is freed first.
 
@@ -130,6 +134,8 @@ class FusionEngine:
             torch.cuda.empty_cache()
         start = time.perf_counter()
         network = self.served[model].file.load(self._device, self._dtype)
+        if self._execution.quantization is Quantization.FP8:
+            quantize(network)
         if self.ops.fused:
             pack_projections(network)
         self._loaded = (model, network)
@@ -187,6 +193,7 @@ class FusionEngine:
         if self._bound is None or self._bound[0] != shape:
             self._bound = None
             rope = network.rope_tables(video_shape, audio_length).to(self._device)
-            predictor = make_predictor(network, rope, self.ops.ops, self._groups, graphs=self._graphs)
+            graphs = self._execution.graphs and self._device.type == "cuda"
+            predictor = make_predictor(network, rope, self.ops.ops, self._groups, graphs=graphs)
             self._bound = (shape, predictor)
         return self._bound[1]

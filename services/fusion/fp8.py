@@ -7,6 +7,7 @@ are stored in fp8 and multiplied in the activations' precision.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,15 @@ from services.fusion.model.operations import FeedForward, Linears
 from services.fusion.packing import joint_rows
 
 FP8 = torch.float8_e4m3fn
+
+
+class Quantization(enum.Enum):
+    """Of the wide layers' products; NONE is the only lossless one."""
+
+    NONE = "none"
+    FP8 = "fp8"
+
+
 LARGEST = torch.finfo(FP8).max
 SMALLEST_AMAX = 1e-12
 _PARTS = ("weight", "scale_O1", "bias")

@@ -11,7 +11,7 @@ import torch
 
 from services.fusion.engine import FusionEngine
 from services.fusion.model.fusion import FusionModel
-from services.fusion.ops import Kernels
+from services.fusion.ops import Execution
 from services.fusion.parallel.groups import Groups
 from services.fusion.request import RunInputs, RunSpec
 from services.fusion.sampling.denoise import Latents, StepDone
@@ -37,7 +37,7 @@ class LeadingEngine(FusionEngine):
         checkpoints: Path,
         device: torch.device,
         dtype: torch.dtype,
-        kernels: Kernels,
+        execution: Execution,
         groups: Groups,
         fellowship: Fellowship,
     ) -> None:
@@ -46,11 +46,11 @@ class LeadingEngine(FusionEngine):
             checkpoints: folder in the released layout.
             device: of this rank.
             dtype: arithmetic of the model.
-            kernels: implementations of the blocks' operations.
+            execution: how passes are computed.
             groups: both axes of the plan.
             fellowship: with the other ranks.
         """
-        super().__init__(checkpoints, device, dtype, kernels, groups)
+        super().__init__(checkpoints, device, dtype, execution, groups)
         self._fellowship = fellowship
         self._channel = fellowship.channel
 

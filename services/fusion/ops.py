@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from services.fusion.attention import select_attention
-from services.fusion.fp8 import Fp8Operations, has_fp8_products
+from services.fusion.fp8 import Fp8Operations, Quantization, has_fp8_products
 from services.fusion.model.operations import Ops
 
 
@@ -21,6 +21,17 @@ class Kernels(enum.Enum):
     AUTO = "auto"
     REFERENCE = "reference"
     FUSED = "fused"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How passes are computed; the default is the fastest lossless way of the device."""
+
+    kernels: Kernels = Kernels.AUTO
+    graphs: bool = True
+    """Passes are recorded as CUDA graphs, where there is CUDA."""
+    quantization: Quantization = Quantization.NONE
+    """Of the wide layers."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,6 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
 
     def _variant(self, served: ServedVariant) -> pb.Variant:
         variant, file = served.variant, served.file
-        arithmetic = str(self._options.stage.precision).removeprefix("torch.")
         return pb.Variant(
             id=variant.id,
             loaded=self._engine.loaded_id == variant.id,
@@ -128,7 +127,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             num_layers=file.config.num_layers,
             text_dim=file.config.text_dim,
             prompt_format=prompt_format_to_proto(variant.prompt_format),
-            precision=f"{file.precision} weights, {arithmetic} arithmetic",
+            precision=f"{file.precision} weights, {self._engine.arithmetic}",
             fingerprint=served.fingerprint,
         )
 

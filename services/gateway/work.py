@@ -204,6 +204,7 @@ class JobWork:
             "seed": str(job.parameters.options.seed),
             "model": model.id,
             "model_fingerprint": model.fingerprint,
+            "precision": model.precision,
             "software_version": version("ovi-serve"),
         }
 
@@ -221,6 +222,7 @@ class JobWork:
             "seed": kept["seed"],
             "model": kept["model"],
             "model_fingerprint": kept["model_fingerprint"],
+            "precision": kept.get("precision", ""),
             "settings": json.dumps(settings, sort_keys=True),
             "software_version": version("ovi-serve"),
         }

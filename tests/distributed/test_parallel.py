@@ -10,9 +10,9 @@ from services.fusion.checkpoint import build
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.operations import Ops
 from services.fusion.parallel.groups import make_groups
-from services.fusion.parallel.guidance import bind_split_guidance
+from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.parallel.plan import ParallelPlan, shard_sizes
-from services.fusion.parallel.sequence import SequenceParallelModel, attention_with_lse
+from services.fusion.parallel.sequence import attention_with_lse
 from services.fusion.sampling.denoise import Conditions, Latents, bind_forward, bind_guidance, denoise, draw_noise
 from shared.sampling_options import SamplingOptions
 from tests.distributed.ranks import run_ranks
@@ -49,10 +49,7 @@ def run_case(name: str, plan: ParallelPlan | None) -> dict[str, torch.Tensor]:
     if plan is None:
         predict = bind_guidance(bind_forward(model, rope, Ops.of(sdpa)))
     else:
-        groups = make_groups(plan)
-        network = SequenceParallelModel(model, groups.sequence) if plan.sequence_degree > 1 else model
-        forward = bind_forward(network, rope, Ops.of(sdpa))
-        predict = bind_split_guidance(forward, groups.guidance) if plan.guidance_degree > 1 else bind_guidance(forward)
+        predict = make_predictor(model, rope, Ops.of(sdpa), make_groups(plan), graphs=False)
     noise = draw_noise(video_shape, (audio_length, 20), 5)
     *_, final = denoise(predict, noise, conditions, options)
     assert isinstance(final, Latents)
