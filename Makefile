@@ -22,7 +22,7 @@ FFPROBE_PACKAGE := ffprobe-static
 FFPROBE_VERSION := 3.1.0
 FFPROBE_BINARY = $(shell uname -s | tr A-Z a-z)/$(subst aarch64,arm64,$(subst x86_64,x64,$(shell uname -m)))/ffprobe
 
-.PHONY: help setup protos generate test parity lint ffprobe clean
+.PHONY: help setup protos generate test parity lint report ffprobe clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,6 +62,13 @@ lint: setup  ## style, types, import directions, protos
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	cd protos && $(abspath $(BIN))/buf lint
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) install --quiet --config-settings editable_mode=compat -e ".[bench]"
+	@touch $@
+
+report: setup $(VENV)/.bench  ## tables and plot of docs/performance.md, from benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 # The end-to-end tests look at clips with ffprobe. Without it (and without npm) they say so and fail; the rest runs.
 ffprobe:

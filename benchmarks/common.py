@@ -186,11 +186,12 @@ def describe_run(
         options: the command's; those that name files are left out.
         variant: switches that differ from what the services choose, in words.
     """
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    now = datetime.datetime.now(datetime.UTC)
     title = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
         "kind": kind,
-        "date": date,
+        "date": now.date().isoformat(),
+        "time": now.strftime("%H:%M:%S"),
         "device": title,
         "gpus": gpus,
         "variant": variant,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import collectives
+from benchmarks import collectives, spans
 from benchmarks.common import Clip, Rates, count_flop, random_model
 from benchmarks.fusion import parse_plans, step_work
+from benchmarks.stack import busy_spans
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.operations import Ops
 from services.fusion.parallel.plan import ParallelPlan
@@ -28,6 +30,25 @@ def test_collective_times_agree_with_counting_every_microsecond() -> None:
         found = collectives.measure(*spans)
         assert found.total_s * 1e6 == pytest.approx(len(busy))
         assert found.exposed_s * 1e6 == pytest.approx(len(busy - others))
+
+
+def test_overlap_is_what_working_side_by_side_saves() -> None:
+    draw = random.Random(1)
+    for _ in range(50):
+        groups = [[(begin := draw.randrange(90), begin + draw.randrange(1, 9)) for _ in range(4)] for _ in range(3)]
+        busy = [{moment for begin, end in group for moment in range(begin, end)} for group in groups]
+        assert spans.overlapped(groups) == sum(map(len, busy)) - len(set().union(*busy))
+
+
+def test_work_on_a_job_is_found_in_the_logs() -> None:
+    entries = [
+        {"event": "denoised", "request_id": "job_a", "seconds": 2.0, "timestamp": "2026-01-01T00:00:05Z"},
+        {"event": "denoised", "request_id": "job_b", "seconds": 1.0, "timestamp": "2026-01-01T00:00:06Z"},
+        {"event": "clip decoded", "request_id": "job_a", "seconds": 0.5, "timestamp": "2026-01-01T00:00:06.250Z"},
+        {"event": "listening", "timestamp": "2026-01-01T00:00:00Z"},
+    ]
+    begin = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+    assert busy_spans(entries, "job_a", begin) == {"denoise": [(3.0, 5.0)], "decode": [(5.75, 6.25)]}
 
 
 def plain_attention(q_TNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tensor) -> torch.Tensor:

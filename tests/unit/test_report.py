@@ -1,0 +1,74 @@
+"""docs/performance.md says what benchmarks/results holds, and making it again changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.common import RESULTS
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], **run: Any) -> None:
+    """A result file."""
+    said = {"date": "2026-01-01", "device": "NVIDIA H200", "torch": "2.11.0", "gpus": 1}
+    (folder / f"{name}.json").write_text(json.dumps(said | run | {"rows": rows}))
+
+
+def step(seconds: float, **more: Any) -> dict[str, Any]:
+    return {"clip": "720x720_5s", "plan": "single", "ranks": 1, "step_s": seconds} | more
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """Rows of the first table, without its head."""
+    first = markdown.split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in first[2:]]
+
+
+def test_document_is_up_to_date() -> None:
+    document = report.DOCUMENT.read_text()
+    assert report.render(document, RESULTS) == document, "run make report"
+
+
+def test_document_links_the_plot() -> None:
+    assert report.PLOT.is_file()
+    assert f"({report.PLOT.name})" in report.DOCUMENT.read_text()
+
+
+def test_rendering_again_changes_nothing_and_keeps_the_prose(tmp_path) -> None:
+    write(tmp_path, "fusion_h200", [step(0.5)])
+    old = "before\n" + "".join(
+        f"<!-- {name}:begin -->old<!-- {name}:end -->\nprose of {name}\n" for name in report.TABLES
+    )
+    new = report.render(old, tmp_path)
+    assert report.render(new, tmp_path) == new
+    assert "old" not in new and new.startswith("before\n")
+    assert all(f"-->\nprose of {name}\n" in new for name in report.TABLES)
+    with pytest.raises(ValueError, match="fusion:begin"):
+        report.render("no markers", tmp_path)
+
+
+def test_newest_row_of_a_plan_counts_and_variants_stand_apart(tmp_path) -> None:
+    write(tmp_path, "fusion_a", [step(0.7)], date="2026-01-02", time="09:00:00")
+    write(tmp_path, "fusion_b", [step(0.9), step(0.4, plan="guidance 2 x sequence 1", ranks=2, alone_s=0.7)])
+    write(tmp_path, "fusion_c", [step(0.6)], date="2026-01-02", time="08:00:00")
+    write(tmp_path, "fusion_d", [step(0.5)], variant="fp8")
+    write(tmp_path, "fusion_tiny", [step(0.1)], date="2026-02-01", preset="tiny")
+    found = [(row[1], row[2], row[3]) for row in cells(report.fusion_table(tmp_path))]
+    assert found == [
+        ("1", "single", "**0.700**"),
+        ("2", "guidance 2 x sequence 1", "**0.400**"),
+        ("1", "single, fp8", "0.500"),
+    ]
+
+
+def test_reference_and_efficiency_stand_beside_ours(tmp_path) -> None:
+    write(tmp_path, "fusion_x4", [step(0.25, plan="guidance 2 x sequence 2", ranks=4, alone_s=0.8, floor_s=0.2)])
+    write(tmp_path, "fusion_other", [step(0.5)], device="NVIDIA L40")
+    ours, other = sorted(cells(report.fusion_table(tmp_path)), key=lambda row: -int(row[1]))
+    assert ours[5] == "0.711" and ours[8] == "80%"
+    assert other[5] == "–", "the reference was measured on another GPU"
+    assert "| 80% |" in report.fusion_table(tmp_path).split("\n\n")[1], "the part that the floor is of the step"
