@@ -1,10 +1,11 @@
-"""The fusion service with one fault: `python -m benchmarks.faulty_fusion FLAG_FILE [flags of services.fusion]`.
+"""The fusion service with one fault: `python -m benchmarks.faulty_fusion --fault-file FILE [flags of services.fusion]`.
 
-Once FLAG_FILE exists, the rank whose number it holds removes it and runs out of memory in its next step.
+Once FILE exists, the rank whose number it holds removes it and runs out of memory in its next step.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def faulty(predict: Predictor, flag: Path, rank: str) -> Predictor:
     ) -> tuple[Latents, Latents | None]:
         if flag.exists() and flag.read_text() == rank:
             flag.unlink()
-            raise torch.OutOfMemoryError("out of memory, as the flag file asked")
+            raise torch.OutOfMemoryError("out of memory, as the fault file asked")
         return predict(latents, timestep, conditions, skip_layer=skip_layer)
 
     return predict_or_fail
@@ -34,12 +35,15 @@ def faulty(predict: Predictor, flag: Path, rank: str) -> Predictor:
 
 def main() -> None:
     """Put the fault in and run the service."""
-    flag, rank = Path(sys.argv.pop(1)), os.environ.get("RANK", "0")
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--fault-file", type=Path, required=True)
+    args, sys.argv[1:] = parser.parse_known_args()
+    rank = os.environ.get("RANK", "0")
 
     def denoise_with_fault(
         predict: Predictor, noise: Latents, conditions: Conditions, options: SamplingOptions
     ) -> Iterator[StepDone | Latents]:
-        return denoise(faulty(predict, flag, rank), noise, conditions, options)
+        return denoise(faulty(predict, args.fault_file, rank), noise, conditions, options)
 
     engine.denoise = denoise_with_fault
     services.fusion.__main__.main()

@@ -205,7 +205,7 @@ def faults(ranks: int) -> list[Fault]:
 def with_fault(spec: ServiceSpec, flag: Path) -> ServiceSpec:
     """The fusion service's process with the fault put in."""
     place = spec.command.index("services.fusion")
-    command = (*spec.command[:place], "benchmarks.faulty_fusion", str(flag), *spec.command[place + 1 :])
+    command = (*spec.command[:place], "benchmarks.faulty_fusion", "--fault-file", str(flag), *spec.command[place + 1 :])
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return replace(spec, command=command, environment=spec.environment | {"PYTHONPATH": path})
 

@@ -42,7 +42,7 @@ class ServiceProcess:
 
 @contextlib.contextmanager
 def running_service(
-    name: str, *flags: str, serving: bool = True, ranks: int = 1, port: int = 0
+    name: str, *flags: str, serving: bool = True, ranks: int = 1, port: int = 0, module: str = ""
 ) -> Iterator[ServiceProcess]:
     """Start a service on a loopback port; yields it when it listens (and serves, unless told not to).
 
@@ -52,9 +52,11 @@ def running_service(
         serving: wait until health says SERVING.
         ranks: processes of the service, started by torchrun if more than one.
         port: 0 picks a free one.
+        module: what is run, if not the package itself.
     """
+    module = module or f"services.{name}"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "5"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", f"services.{name}", "--port", str(port), *flags]
+    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", module, "--port", str(port), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
     root = Path(__file__).parent.parent
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=root)
