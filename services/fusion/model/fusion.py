@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -50,6 +52,22 @@ class TimeRows(NamedTuple):
     video_R6D: torch.Tensor
     audio_RD: torch.Tensor
     audio_R6D: torch.Tensor
+
+
+BlockCall = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""One fused block, bound to all it needs besides the tokens: (video_TD, audio_SD) -> the same, one block later."""
+
+BlockLoop = Callable[[Sequence[BlockCall], torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(blocks of a pass, video_TD, audio_SD) -> the tokens after the last one. The first block is never left out."""
+
+
+def run_all(
+    blocks: Sequence[BlockCall], video_TD: torch.Tensor, audio_SD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain BlockLoop: one block after the other."""
+    for block in blocks:
+        video_TD, audio_SD = block(video_TD, audio_SD)
+    return video_TD, audio_SD
 
 
 class Head(nn.Module):
@@ -201,6 +219,7 @@ class FusionModel(nn.Module):
         *,
         clean_first_frame: bool = False,
         skip_layer: int = 0,
+        run_blocks: BlockLoop = run_all,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One prediction.
 
@@ -213,6 +232,7 @@ class FusionModel(nn.Module):
             ops: implementations of the block's operations, see `Ops`.
             clean_first_frame: latent frame 0 is a given picture; its tokens have timestep 0.
             skip_layer: block left out (skip-layer guidance); 0 leaves none out.
+            run_blocks: runs the other blocks.
 
         Returns:
             Velocities of the latents' shapes, float32.
@@ -227,6 +247,7 @@ class FusionModel(nn.Module):
             rope,
             ops,
             skip_layer=skip_layer,
+            run_blocks=run_blocks,
         )
         return self.video_model.unpatch(video_TP, video_CFHW.shape).float(), audio_out_SC.float()
 
@@ -247,6 +268,7 @@ class FusionModel(nn.Module):
         ops: Ops,
         *,
         skip_layer: int,
+        run_blocks: BlockLoop = run_all,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks and heads: tokens to values (T, 4 C) and (S, C).
 
@@ -259,15 +281,23 @@ class FusionModel(nn.Module):
             rope: of these tokens.
             ops: implementations of the blocks' operations.
             skip_layer: block left out; 0 leaves none out.
+            run_blocks: runs the other blocks.
         """
         video_stream = Stream(time.video_R6D, clean, rope.video, ops.video)
         audio_stream = Stream(time.audio_R6D, 0, rope.audio, ops.audio)
-        for index, block in enumerate(self.fused_blocks):
-            if index and index == skip_layer:
-                continue
-            video_TD, audio_SD = block(
-                video_TD, audio_SD, video_stream, audio_stream, text.video[index], text.audio[index], ops.together
+        blocks = [
+            partial(
+                block,
+                video_stream=video_stream,
+                audio_stream=audio_stream,
+                video_text=text.video[index],
+                audio_text=text.audio[index],
+                together=ops.together,
             )
+            for index, block in enumerate(self.fused_blocks)
+            if not index or index != skip_layer
+        ]
+        video_TD, audio_SD = run_blocks(blocks, video_TD, audio_SD)
         return (
             self.video_model.head(video_TD, time.video_RD, clean),
             self.audio_model.head(audio_SD, time.audio_RD, 0),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from services.fusion.model.fusion import TextCache
+from services.fusion.model.fusion import BlockLoop, TextCache
 from services.fusion.parallel.groups import Group
-from services.fusion.sampling.denoise import Conditions, Forward, Latents, Predictor
+from services.fusion.sampling.denoise import PLAIN, BranchLoops, Conditions, Forward, Latents, Predictor
 
 
 def bind_split_guidance(forward: Forward, group: Group) -> Predictor:
@@ -17,17 +17,18 @@ def bind_split_guidance(forward: Forward, group: Group) -> Predictor:
         group: two ranks; index 0 computes the prompt's branch, index 1 the negative one.
     """
 
-    def branch(conditions: Conditions) -> TextCache:
+    def branch(conditions: Conditions, loops: BranchLoops) -> tuple[TextCache, BlockLoop]:
         if group.index == 1 and conditions.negative is not None:
-            return conditions.negative
-        return conditions.prompt
+            return conditions.negative, loops.negative
+        return conditions.prompt, loops.prompt
 
     def predict(
-        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
+        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int, loops: BranchLoops = PLAIN
     ) -> tuple[Latents, Latents | None]:
         clean = conditions.first_frame_CHW is not None
         skip = skip_layer if group.index == 1 and conditions.negative is not None else 0
-        own = forward(latents, timestep, branch(conditions), clean_first_frame=clean, skip_layer=skip)
+        text, run_blocks = branch(conditions, loops)
+        own = forward(latents, timestep, text, clean_first_frame=clean, skip_layer=skip, run_blocks=run_blocks)
         if conditions.negative is None:
             return own, None
         flat = torch.cat([own.video_CFHW.flatten(), own.audio_SC.flatten()])

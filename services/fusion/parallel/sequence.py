@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from services.fusion.model.config import PATCH_AREA
-from services.fusion.model.fusion import FusionModel, RopeTables, TextCache
+from services.fusion.model.fusion import BlockLoop, FusionModel, RopeTables, TextCache, run_all
 from services.fusion.model.layers import Rope
 from services.fusion.model.operations import Attention, Ops
 from services.fusion.parallel.groups import Group
@@ -122,6 +122,7 @@ class SequenceParallelModel(nn.Module):
         *,
         clean_first_frame: bool = False,
         skip_layer: int = 0,
+        run_blocks: BlockLoop = run_all,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See FusionModel.forward."""
         model, group = self.model, self._group
@@ -144,6 +145,7 @@ class SequenceParallelModel(nn.Module):
                 audio=replace(ops.audio, other_attention=SplitKeyAttention(group)),
             ),
             skip_layer=skip_layer,
+            run_blocks=run_blocks,
         )
         video_TP = group.gather_rows(video_TP, sizes)
         # Every rank computed the audio; the first one's is everybody's, so that the ranks can never drift apart.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from services.fusion.model.fusion import RopeTables, TextCache
+from services.fusion.model.fusion import BlockLoop, RopeTables, TextCache, run_all
 from services.fusion.model.operations import Ops
 from services.fusion.sampling.solvers import FlowSolver
 from shared.sampling_options import SamplingOptions
@@ -44,11 +44,28 @@ class Conditions:
     """Latent of the given picture; None for text to video."""
 
 
+class BranchLoops(NamedTuple):
+    """How the blocks are run in the prompt's pass and in the negative one."""
+
+    prompt: BlockLoop = run_all
+    negative: BlockLoop = run_all
+
+
+PLAIN = BranchLoops()
+
+
 class Forward(Protocol):
     """One pass of the model for one shape."""
 
     def __call__(
-        self, latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
+        self,
+        latents: Latents,
+        timestep: torch.Tensor,
+        text: TextCache,
+        *,
+        clean_first_frame: bool,
+        skip_layer: int,
+        run_blocks: BlockLoop = run_all,
     ) -> Latents:
         """Velocities of the latents' shapes, float32."""
         ...
@@ -58,7 +75,13 @@ class Predictor(Protocol):
     """The model for one shape: the velocities a step needs."""
 
     def __call__(
-        self, latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
+        self,
+        latents: Latents,
+        timestep: torch.Tensor,
+        conditions: Conditions,
+        *,
+        skip_layer: int,
+        loops: BranchLoops = PLAIN,
     ) -> tuple[Latents, Latents | None]:
         """The prompt's velocities and, unless there is no negative, the negative ones without block `skip_layer`."""
         ...
@@ -126,7 +149,13 @@ def bind_forward(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Forward:
     """A model as a Forward for one shape."""
 
     def forward(
-        latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
+        latents: Latents,
+        timestep: torch.Tensor,
+        text: TextCache,
+        *,
+        clean_first_frame: bool,
+        skip_layer: int,
+        run_blocks: BlockLoop = run_all,
     ) -> Latents:
         return Latents(
             *model(
@@ -138,6 +167,7 @@ def bind_forward(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Forward:
                 ops,
                 clean_first_frame=clean_first_frame,
                 skip_layer=skip_layer,
+                run_blocks=run_blocks,
             )
         )
 
@@ -148,12 +178,15 @@ def bind_guidance(forward: Forward) -> Predictor:
     """A Predictor that makes one pass after the other."""
 
     def predict(
-        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
+        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int, loops: BranchLoops = PLAIN
     ) -> tuple[Latents, Latents | None]:
         clean = conditions.first_frame_CHW is not None
-        positive = forward(latents, timestep, conditions.prompt, clean_first_frame=clean, skip_layer=0)
-        if conditions.negative is None:
+        prompt, negative = conditions.prompt, conditions.negative
+        positive = forward(latents, timestep, prompt, clean_first_frame=clean, skip_layer=0, run_blocks=loops.prompt)
+        if negative is None:
             return positive, None
-        return positive, forward(latents, timestep, conditions.negative, clean_first_frame=clean, skip_layer=skip_layer)
+        return positive, forward(
+            latents, timestep, negative, clean_first_frame=clean, skip_layer=skip_layer, run_blocks=loops.negative
+        )
 
     return predict

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from services.fusion.model.fusion import TextCache
+from services.fusion.model.fusion import BlockLoop, TextCache, run_all
 from services.fusion.model.operations import TextKV
 from services.fusion.sampling.denoise import Forward, Latents
 
@@ -28,7 +28,8 @@ class GraphedForward:
     """A Forward of one shape; each kind of pass runs once as it is, is recorded the second time, then replayed.
 
     The first run chooses and compiles kernels, which cannot be recorded. Recordings share one pool of memory: they
-    never run at the same time.
+    never run at the same time. A pass with a block loop of its own decides on the host which blocks it runs; it is
+    never recorded.
     """
 
     def __init__(self, forward: Forward) -> None:
@@ -37,9 +38,25 @@ class GraphedForward:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(
-        self, latents: Latents, timestep: torch.Tensor, text: TextCache, *, clean_first_frame: bool, skip_layer: int
+        self,
+        latents: Latents,
+        timestep: torch.Tensor,
+        text: TextCache,
+        *,
+        clean_first_frame: bool,
+        skip_layer: int,
+        run_blocks: BlockLoop = run_all,
     ) -> Latents:
         """See Forward."""
+        if run_blocks is not run_all:
+            return self._forward(
+                latents,
+                timestep,
+                text,
+                clean_first_frame=clean_first_frame,
+                skip_layer=skip_layer,
+                run_blocks=run_blocks,
+            )
         kind = (clean_first_frame, skip_layer, text.video[0].bound)
         if kind not in self._recordings:
             self._recordings[kind] = None
