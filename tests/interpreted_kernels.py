@@ -37,13 +37,11 @@ class _OneAtATime:
 def errors() -> Iterator[tuple[str, float]]:
     """The largest difference between pictures of both implementations, for every case."""
     network = random_network()
-    whole = latent(4, 3, 2)
+    whole = latent(4, 2, 1)
     expected = decode(network, ReferenceOps(), whole)
-    for frames in (1, 2, 3):
-        fused = FusedOps(kernels, latent_frames_per_step=frames)
-        yield f"step_of_{frames}", (decode(network, fused, whole) - expected).abs().max().item()
-    fused = FusedOps(_OneAtATime())
-    striped = LockStep([1, 2]).run(lambda stripe, part: decode(network, fused, part, stripe), whole)
+    yield "whole", (decode(network, FusedOps(kernels), whole) - expected).abs().max().item()
+    fused = FusedOps(_OneAtATime(), latent_frames_per_step=1)
+    striped = LockStep([1, 1]).run(lambda stripe, part: decode(network, fused, part, stripe), whole)
     yield "stripes", (striped - expected).abs().max().item()
 
 

@@ -137,17 +137,19 @@ class VaeEngine:
     ) -> Iterator[ClipProgress | ClipWritten]:
         """Write the clip of both latents to `path`; progress after each chunk, then ClipWritten.
 
-        While a chunk is encoded on a thread of its own, the device works at the next. Sound is cut or padded with
-        silence to the length of the video.
+        Sound is decoded at the same time as the pictures, on a thread and a stream of its own, and a chunk is encoded
+        on another thread while the device works at the next. Sound is cut or padded with silence to the length of the
+        video.
 
         Raises:
             DiskFull: the disk is full.
         """
         reset_peak(self._device)
         shape = VideoLatentShape(*video_CFHW.shape[1:])
-        samples = fit_length(self.decode_audio(audio_SC), num_clip_samples(shape.num_frames))
         with contextlib.ExitStack() as stack:
             stack.enter_context(_disk_full_is_exhaustion())
+            sound_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sound"))
+            sound = sound_thread.submit(self._decode_sound, audio_SC, num_clip_samples(shape.num_frames))
             writer = stack.enter_context(
                 ClipWriter(path, height=shape.pixel_height, width=shape.pixel_width, provenance=provenance)
             )
@@ -157,11 +159,18 @@ class VaeEngine:
                 if encoding is not None:
                     encoding.result()
                     yield ClipProgress(writer.num_frames, shape.num_frames)
-                encoding = encoder.submit(_add_chunk, writer, frames_FHWC, samples)
+                encoding = encoder.submit(_add_chunk, writer, frames_FHWC, sound)
             if encoding is not None:
                 encoding.result()
+            writer.add_samples(sound.result()[writer.num_samples :])
         yield ClipProgress(writer.num_frames, shape.num_frames)
         yield ClipWritten(writer.num_frames, shape.pixel_height, shape.pixel_width, writer.num_samples)
+
+    def _decode_sound(self, audio_SC: torch.Tensor, num_samples: int) -> NDArray[np.float32]:
+        if self._device.type != "cuda":
+            return fit_length(self.decode_audio(audio_SC), num_samples)
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            return fit_length(self.decode_audio(audio_SC), num_samples)
 
 
 def _copied_to_host(pictures: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
@@ -184,10 +193,14 @@ def _copied_to_host(pictures: Iterator[torch.Tensor], device: torch.device) -> I
         yield ahead[0]
 
 
-def _add_chunk(writer: ClipWriter, frames_FHWC: NDArray[np.uint8], samples: NDArray[np.float32]) -> None:
-    """Encode frames, then the sound that belongs to them, so that the muxer has little to hold back."""
+def _add_chunk(writer: ClipWriter, frames_FHWC: NDArray[np.uint8], sound: Future[NDArray[np.float32]]) -> None:
+    """Encode frames, then, as soon as there is sound, what of it belongs to them.
+
+    The muxer holds encoded frames back until their sound has come, so pictures never wait for it.
+    """
     writer.add_frames(frames_FHWC)
-    writer.add_samples(samples[writer.num_samples : num_clip_samples(writer.num_frames)])
+    if sound.done():
+        writer.add_samples(sound.result()[writer.num_samples : num_clip_samples(writer.num_frames)])
 
 
 def fit_length(samples_S: NDArray[np.float32], length: int) -> NDArray[np.float32]:

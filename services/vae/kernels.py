@@ -45,8 +45,7 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     shortcut_kind: tl.constexpr,
     time_factor: tl.constexpr,
     skipped_frames: tl.constexpr,
-    repeats: tl.constexpr,
-    shortcut_channels: tl.constexpr,
+    spread: tl.constexpr,
     has_bias: tl.constexpr,
     has_norm: tl.constexpr,
     keep_sum: tl.constexpr,
@@ -101,13 +100,18 @@ def _join_kernel(  # type: ignore[no-untyped-def]
         if shortcut_kind == 2:
             copied = (frame + skipped_frames) // time_factor
             copy = (frame + skipped_frames) % time_factor
-            source = (copied * half_pixels + (row // 2) * half_width + column // 2) * shortcut_channels
-            inside = copy * 4 + 2 * below + right
-            if repeats == 4 * time_factor:
-                of_channel = channel[None, :]
+            source = (copied * half_pixels + (row // 2) * half_width + column // 2) * (channels * spread)
+            # `spread` channels lie side by side of which each output channel takes one, all of them in whole loads.
+            beside = tl.arange(0, tile_channels * spread)
+            beside_mask = (pixel < num_pixels)[:, None] & (beside < channels * spread)[None, :]
+            of_channels = tl.load(shortcut_ptr + source[:, None] + beside[None, :], mask=beside_mask, other=0.0)
+            if spread == 1:
+                value += of_channels.to(tl.float32)
             else:
-                of_channel = (channel[None, :] * (4 * time_factor) + inside[:, None]) // repeats
-            value += tl.load(shortcut_ptr + source[:, None] + of_channel, mask=mask, other=0.0).to(tl.float32)
+                of_channels = tl.reshape(of_channels.to(tl.float32), (tile_pixels, tile_channels, spread))
+                taken = ((copy * 4 + 2 * below + right) * spread // (4 * time_factor))[:, None, None]
+                mine = tl.arange(0, spread)[None, None, :] == taken
+                value += tl.sum(tl.where(mine, of_channels, 0.0), axis=2)
         if keep_sum:
             tl.store(sum_ptr + sum_at, value.to(sum_ptr.dtype.element_ty), mask=mask)
             sum_at += sum_stride
@@ -158,7 +162,7 @@ def join(
         parts: see `Form`; contiguous.
         form: of the parts.
         bias_C: added, if there is one.
-        shortcut: added, if there is one; contiguous.
+        shortcut: added, if there is one; contiguous, with a power of two times as many channels.
         gamma_C: gain of the norm; None: neither norm nor SiLU.
         sum_FHWC: written with the sum, if given.
         fed: written with the activation, if given: (F, H, W, C), or with `past_2HWC` the four combinations
@@ -195,8 +199,7 @@ def join(
         kind,
         1 if shortcut is None else shortcut.time_factor,
         0 if shortcut is None else shortcut.skipped_frames,
-        1 if shortcut is None else shortcut.repeats(channels),
-        1 if shortcut is None else shortcut.x_FHWC.shape[-1],
+        1 if shortcut is None else shortcut.x_FHWC.shape[-1] // channels,
         bias_C is not None,
         gamma_C is not None,
         sum_FHWC is not None,

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from services.vae.model.video_layers import (
+    PIXEL_CHANNELS,
     TAPS,
     Carried,
     Causal,
@@ -112,6 +113,9 @@ class FusedOps:
 
     def convolve(self, causal: Causal, fed: torch.Tensor, carried: Carried) -> Raw:
         rows = carried.padding()
+        if causal.role is Role.LAST:
+            taps_TP = torch.mm(causal.weights[0], fed.flatten(0, 2).t())
+            return Raw((taps_TP.unflatten(1, fed.shape[:-1]),), Form.TAPS, causal.bias_C)
         if carried.first:
             last = causal.weights[-1] if causal.role is Role.SEVERAL else causal.weights[0][:, :, -1]
             return Raw((_convolve_pictures(fed, last, (rows, 1)),), Form.WHOLE, causal.bias_C)
@@ -141,12 +145,12 @@ class FusedOps:
         scores_FSS = torch.bmm(q_FSC, k_FSC.transpose(1, 2), out_dtype=torch.float32) * q_FSC.shape[-1] ** -0.5
         return torch.bmm(scores_FSS.softmax(-1).to(v_FSC.dtype), v_FSC)
 
-    def pixels(self, last: Causal, fed: torch.Tensor, dtype: torch.dtype, carried: Carried) -> torch.Tensor:
-        frames, rows, width, channels = fed.shape
-        taps_TFHW = torch.mm(last.weights[0], fed.view(-1, channels).t()).view(-1, frames, rows, width)
-        side = round((len(last.bias_C) / 3) ** 0.5)
-        height = rows - 2 * carried.halo
-        out_FHWC = torch.empty(frames, side * height, side * width, 3, dtype=dtype, device=fed.device)
+    def pixels(self, last: Causal, raw: Raw, dtype: torch.dtype, carried: Carried) -> torch.Tensor:
+        taps_TFHW = raw.parts[0]
+        _, frames, rows, width = taps_TFHW.shape
+        side = round((len(last.bias_C) / PIXEL_CHANNELS) ** 0.5)
+        sides = side * (rows - 2 * carried.halo), side * width
+        out_FHWC = torch.empty(frames, *sides, PIXEL_CHANNELS, dtype=dtype, device=taps_TFHW.device)
         before_TFHW = carried.states.get(last.index)
         self._kernels.pixels(taps_TFHW, before_TFHW, last.bias_C, carried.halo, out_FHWC)
         carried.states[last.index] = taps_TFHW

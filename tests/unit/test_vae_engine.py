@@ -108,6 +108,10 @@ def test_spooled_bytes_are_the_frames(engine: VaeEngine) -> None:
     assert ends == [32 * 64 * 3 * n for n in (1, 5, 9)]
 
 
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("mp4", "sound"))]
+
+
 def test_an_abandoned_clip_lets_go_of_its_file_and_thread(engine: VaeEngine, tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     events = engine.decode_clip(latent(48, 6, 2, 2), latent(4, 20), {}, path)
@@ -115,7 +119,34 @@ def test_an_abandoned_clip_lets_go_of_its_file_and_thread(engine: VaeEngine, tmp
     events.close()
     open_files = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.exists()]
     assert path not in open_files
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("mp4")]
+    assert not _threads()
+
+
+def test_pictures_do_not_wait_for_sound(engine: VaeEngine, tmp_path: Path) -> None:
+    """With the vocoder held until the last pictures but one chunk are encoded, the file is the same."""
+    video, audio = latent(48, 4, 2, 2), latent(4, 20)
+    list(engine.decode_clip(video, audio, {}, tmp_path / "free.mp4"))
+    go_on = threading.Event()
+    hook = engine._vocoder.register_forward_pre_hook(lambda *_: None if go_on.wait(60) else pytest.fail("held up"))
+    events = engine.decode_clip(video, audio, {}, tmp_path / "held.mp4")
+    before = [next(events) for _ in range(3)]
+    go_on.set()
+    hook.remove()
+    assert before == [ClipProgress(n, 13) for n in (1, 5, 9)]
+    assert isinstance(list(events)[-1], ClipWritten)
+    assert (tmp_path / "held.mp4").read_bytes() == (tmp_path / "free.mp4").read_bytes()
+
+
+def test_an_error_in_the_sound_fails_the_clip(engine: VaeEngine, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        list(engine.decode_clip(latent(48, 3, 2, 2), latent(4, 7), {}, tmp_path / "clip.mp4"))
+    assert not _threads()
+
+
+def test_an_error_in_the_pictures_fails_the_clip(engine: VaeEngine, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"47.*48|size"):
+        list(engine.decode_clip(latent(47, 3, 2, 2), latent(4, 20), {}, tmp_path / "clip.mp4"))
+    assert not _threads()
 
 
 class _FullDisk(io.BytesIO):

@@ -115,27 +115,31 @@ class VideoDecoder:
                 yield self._step(part_FHWC, dtype, carried)
 
     def _step(self, latent_FHWC: torch.Tensor, dtype: torch.dtype, carried: Carried) -> torch.Tensor:
-        ops = self._ops
-        _, fed = ops.join(Raw((latent_FHWC,)), None, self._conv_in, carried, keep=False)
-        raw = ops.convolve(self._conv_in, fed, carried)
-        x_FHWC, fed = ops.join(raw, None, self._mid_first.first, carried, keep=True)
-        x_FHWC, _ = self._residual(self._mid_first, x_FHWC, fed, None, carried)
-        x_FHWC, fed = self._attend(x_FHWC, self._mid_second.first, carried)
-        x_FHWC, fed = self._residual(self._mid_second, x_FHWC, fed, self._levels[0].residuals[0].first, carried)
+        _, raw = self._feed(Raw((latent_FHWC,)), None, self._conv_in, carried, keep=False)
+        x_FHWC, raw = self._feed(raw, None, self._mid_first.first, carried)
+        x_FHWC, _ = self._residual(self._mid_first, x_FHWC, raw, None, carried)
+        x_FHWC, raw = self._attend(x_FHWC, self._mid_second.first, carried)
+        x_FHWC, raw = self._residual(self._mid_second, x_FHWC, raw, self._levels[0].residuals[0].first, carried)
         followers = [*(level.residuals[0].first for level in self._levels[1:]), self._conv_out]
         for level, following in zip(self._levels, followers, strict=True):
-            x_FHWC, fed = self._level(level, x_FHWC, fed, following, carried)
-        return ops.pixels(self._conv_out, fed, dtype, carried)
+            x_FHWC, raw = self._level(level, x_FHWC, raw, following, carried)
+        return self._ops.pixels(self._conv_out, raw, dtype, carried)
+
+    def _feed(
+        self, raw: Raw, shortcut: Shortcut | None, following: Causal | None, carried: Carried, *, keep: bool = True
+    ) -> tuple[Any, Any]:
+        """The finished frames of `raw` (None unless `keep`), and what the convolution after them makes of them."""
+        x_FHWC, fed = self._ops.join(raw, shortcut, following, carried, keep=keep)
+        return x_FHWC, None if following is None else self._ops.convolve(following, fed, carried)
 
     def _residual(
-        self, block: Residual, x_FHWC: torch.Tensor, fed: Any, following: Causal | None, carried: Carried
+        self, block: Residual, x_FHWC: torch.Tensor, raw: Raw, following: Causal | None, carried: Carried
     ) -> tuple[Any, Any]:
+        """`raw` is what the block's first convolution has made of `x_FHWC`."""
         shortcut = Shortcut(x_FHWC if block.shortcut is None else block.shortcut(x_FHWC))
-        raw = self._ops.convolve(block.first, fed, carried)
-        _, fed = self._ops.join(raw, None, block.second, carried, keep=False)
-        raw = self._ops.convolve(block.second, fed, carried)
+        _, raw = self._feed(raw, None, block.second, carried, keep=False)
         keep = following is None or following.role is not Role.LAST
-        return self._ops.join(raw, shortcut, following, carried, keep=keep)
+        return self._feed(raw, shortcut, following, carried, keep=keep)
 
     def _attend(self, x_FHWC: torch.Tensor, following: Causal, carried: Carried) -> tuple[Any, Any]:
         attention = self._attention
@@ -146,25 +150,24 @@ class VideoDecoder:
         k_FSC, v_FSC = kv_FHWC.flatten(1, 2).chunk(2, dim=-1)
         mixed_FSC = self._ops.attend(q_FHWC.flatten(1, 2), k_FSC, v_FSC)
         raw = Raw((attention.proj(mixed_FSC).view(x_FHWC.shape),))
-        return self._ops.join(raw, Shortcut(x_FHWC), following, carried, keep=True)
+        return self._feed(raw, Shortcut(x_FHWC), following, carried)
 
     def _level(
-        self, level: Level, x_FHWC: torch.Tensor, fed: Any, following: Causal, carried: Carried
+        self, level: Level, x_FHWC: torch.Tensor, raw: Raw, following: Causal, carried: Carried
     ) -> tuple[Any, Any]:
         begun_FHWC = x_FHWC
         after_last = following if level.upsampler is None else None
         followers = [*(block.first for block in level.residuals[1:]), after_last]
         for block, follower in zip(level.residuals, followers, strict=True):
-            x_FHWC, fed = self._residual(block, x_FHWC, fed, follower, carried)
+            x_FHWC, raw = self._residual(block, x_FHWC, raw, follower, carried)
         if level.upsampler is None:
-            return x_FHWC, fed
-        time_factor = 1 if level.doubler is None else 2
+            return x_FHWC, raw
         if level.doubler is not None and not carried.first:
             x_FHWC = self._ops.double_time(level.doubler, x_FHWC, carried)
         raw = self._ops.upsample(level.upsampler, x_FHWC, carried)
+        time_factor = 1 if level.doubler is None else 2
         skipped_frames = time_factor - 1 if carried.first else 0
-        shortcut = Shortcut(begun_FHWC, time_factor, 2, skipped_frames)
-        return self._ops.join(raw, shortcut, following, carried, keep=True)
+        return self._feed(raw, Shortcut(begun_FHWC, time_factor, 2, skipped_frames), following, carried)
 
 
 class _Builder:

@@ -102,6 +102,8 @@ class Form(enum.Enum):
     """Four parts (F/2, H, W, C): even frames are 0 + 1 + 2, odd frames 1 - 2 - 3."""
     PHASES = 2
     """One part (F, H/2 + 1, W/2 + 1, 4C): row 2i + b, column 2j + d is at (i + b, j + d), channels (2b + d) C on."""
+    TAPS = 3
+    """One part (27C, F, H, W), halo rows included: every tap's product with every pixel."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,8 @@ class Ops(Protocol):
     def attend(self, q_FSC: torch.Tensor, k_FSC: torch.Tensor, v_FSC: torch.Tensor) -> torch.Tensor:
         """Softmax attention with one head, within each frame."""
 
-    def pixels(self, last: Causal, fed: Any, dtype: torch.dtype, carried: Carried) -> torch.Tensor:
-        """(F, 2H, 2W, 3): values in [-1, 1], or levels 0 to 255 for torch.uint8."""
+    def pixels(self, last: Causal, raw: Raw, dtype: torch.dtype, carried: Carried) -> torch.Tensor:
+        """Of the last convolution's result, (F, 2H, 2W, 3): values in [-1, 1], or levels 0 to 255 for torch.uint8."""
 
 
 def rms_norm(x_FHWC: torch.Tensor, gamma_C: torch.Tensor) -> torch.Tensor:
@@ -259,8 +261,8 @@ class ReferenceOps:
     def attend(self, q_FSC: torch.Tensor, k_FSC: torch.Tensor, v_FSC: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q_FSC[:, None], k_FSC[:, None], v_FSC[:, None])[:, 0]
 
-    def pixels(self, last: Causal, fed: torch.Tensor, dtype: torch.dtype, carried: Carried) -> torch.Tensor:
-        patches_FHWC = self.convolve(last, fed, carried).parts[0].clamp(-1.0, 1.0)
+    def pixels(self, last: Causal, raw: Raw, dtype: torch.dtype, carried: Carried) -> torch.Tensor:
+        patches_FHWC = raw.parts[0].clamp(-1.0, 1.0)
         side = round((patches_FHWC.shape[-1] / PIXEL_CHANNELS) ** 0.5)
         # Channels of a patch: colour, column, row.
         patches = patches_FHWC.unflatten(-1, (PIXEL_CHANNELS, side, side)).permute(0, 1, 5, 2, 4, 3)
