@@ -13,6 +13,7 @@ from services.fusion.fp8 import Quantization, quantize
 from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Execution, select_ops
 from services.fusion.packing import pack_projections
+from services.fusion.parallel.agreement import bind_agreement
 from services.fusion.parallel.groups import Groups
 from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
@@ -156,9 +157,10 @@ class FusionEngine:
         noise = draw_noise(video_shape.as_tuple(), served.audio_shape.as_tuple(), spec.options.seed)
         predict, conditions = self._prepare(network, noise, spec, inputs)
         noise = Latents(noise.video_CFHW.to(self._device), noise.audio_SC.to(self._device))
-        for event in denoise(predict, noise, conditions, spec.options):
+        for event in denoise(predict, noise, conditions, spec.options, bind_agreement(self._groups)):
             if isinstance(event, StepDone):
-                log.debug("step", index=event.index, total=event.total, seconds=round(event.seconds, 4))
+                seconds = round(event.seconds, 4)
+                log.debug("step", index=event.index, total=event.total, seconds=seconds, reused=event.reused)
                 yield event
             else:
                 latents = Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())

@@ -357,9 +357,11 @@ def _quantize_rows_kernel(  # type: ignore[no-untyped-def]
     if gelu:
         # 0.5 x (1 + tanh(u)) = x sigmoid(2u)
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0), smallest_amax) / largest
-    tl.store(values_ptr + token * dim + channel, (x / scale).to(values_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + token, scale)
+    amax = tl.maximum(tl.max(tl.abs(x), axis=0), smallest_amax)
+    # One division a row: the type keeps too few bits for the rounding of the factor to matter.
+    values = x * (largest / amax)
+    tl.store(values_ptr + token * dim + channel, values.to(values_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + token, amax / largest)
 
 
 def _launch_quantize(x_TD: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -391,3 +393,73 @@ def quantize_rows(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_gelu_rows(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of GELU(x)."""
     return _launch_quantize(x_TD, gelu=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pack_heads_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    tokens,
+    v_stride,
+    dim: tl.constexpr,
+    part: tl.constexpr,
+    block: tl.constexpr,
+):
+    """One token's q, k or v into (P, T, 3, part), where P * part = dim."""
+    token, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channel = tl.arange(0, block)
+    mask = channel < dim
+    source = q_ptr + token * dim
+    if which == 1:
+        source = k_ptr + token * dim
+    if which == 2:
+        source = v_ptr + token * v_stride
+    values = tl.load(source + channel, mask=mask)
+    place = ((channel // part) * tokens + token) * (3 * part) + which * part + channel % part
+    tl.store(out_ptr + place, values, mask=mask)
+
+
+def pack_heads(q_TNK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor, degree: int) -> torch.Tensor:
+    """See PackHeads; one pass over memory."""
+    tokens, num_heads, head_dim = q_TNK.shape
+    dim = num_heads * head_dim
+    assert q_TNK.is_contiguous() and k_TNK.is_contiguous() and v_TNK.stride()[1:] == (head_dim, 1)
+    out_PT3NK = q_TNK.new_empty(degree, tokens, 3, num_heads // degree, head_dim)
+    _pack_heads_kernel[(tokens, 3)](
+        q_TNK,
+        k_TNK,
+        v_TNK,
+        out_PT3NK,
+        tokens,
+        v_TNK.stride(0),
+        dim,
+        dim // degree,
+        triton.next_power_of_2(dim),
+        num_warps=4,
+    )
+    return out_PT3NK
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unpack_heads_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, out_ptr, tokens, dim: tl.constexpr, part: tl.constexpr, block: tl.constexpr
+):
+    """One token of (P, T, part) into (T, P * part)."""
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, block)
+    mask = channel < dim
+    values = tl.load(x_ptr + ((channel // part) * tokens + token) * part + channel % part, mask=mask)
+    tl.store(out_ptr + token * dim + channel, values, mask=mask)
+
+
+def unpack_heads(x_PTNK: torch.Tensor) -> torch.Tensor:
+    """See UnpackHeads."""
+    degree, tokens, heads, head_dim = x_PTNK.shape
+    dim = degree * heads * head_dim
+    out_TNK = x_PTNK.new_empty(tokens, degree * heads, head_dim)
+    _unpack_heads_kernel[(tokens,)](
+        x_PTNK.contiguous(), out_TNK, tokens, dim, dim // degree, triton.next_power_of_2(dim), num_warps=4
+    )
+    return out_TNK

@@ -87,6 +87,8 @@ def select_ops(device: torch.device, dtype: torch.dtype, kernels: Kernels = Kern
         residual_norms=fused.residual_norms,
         linears=linears,
         feed_forward=feed_forward,
+        pack_heads=fused.pack_heads,
+        unpack_heads=fused.unpack_heads,
     )
     # Many video tokens attend to few others; for the few audio tokens the attention kernels are the better ones.
     half = dtype in (torch.bfloat16, torch.float16)

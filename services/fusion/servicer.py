@@ -133,4 +133,6 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
 
 
 def _step(event: StepDone) -> pb.Step:
-    return pb.Step(index=event.index, total=event.total, sigma=event.sigma, seconds=event.seconds)
+    return pb.Step(
+        index=event.index, total=event.total, sigma=event.sigma, seconds=event.seconds, reused=event.reused
+    )

@@ -40,7 +40,7 @@ def interpreted(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", ["check_norm_rope", "check_residual_norms", "check_joint_attention", "check_quantize"]
+    "check", ["check_norm_rope", "check_residual_norms", "check_joint_attention", "check_quantize", "check_heads"]
 )
 def test_kernel_is_its_reference(check) -> None:
     interpreted(check)
@@ -105,6 +105,20 @@ def check_quantize() -> None:
     _, scale = kernels.quantize_gelu_rows(x)
     _, expected_scale = quantize_rows(torch.nn.functional.gelu(x, approximate="tanh"))
     torch.testing.assert_close(scale, expected_scale, atol=0, rtol=1e-5)
+
+
+def check_heads() -> None:
+    from services.fusion import kernels
+
+    q, k, packed = normal(5, 6, 8, seed=1), normal(5, 6, 8, seed=2), normal(5, 2 * 48, seed=3)
+    v = packed[:, 48:].unflatten(1, (6, 8))
+    for degree in (2, 3):
+        ours, expected = (module.pack_heads(q, k, v, degree) for module in (kernels, operations))
+        assert torch.equal(ours, expected)
+        assert torch.equal(ours[1, :, 2].flatten(1), v[:, 6 // degree : 2 * (6 // degree)].flatten(1))
+        back = ours[:, :, 1].contiguous()
+        assert torch.equal(kernels.unpack_heads(back), operations.unpack_heads(back))
+        assert torch.equal(operations.unpack_heads(back), k)
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:

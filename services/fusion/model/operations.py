@@ -49,6 +49,10 @@ No y: x as it is. No gate: x + y. With two rows, the first `clean` tokens belong
 """
 Linears = Callable[[tuple[nn.Module, ...], torch.Tensor], tuple[torch.Tensor, ...]]
 """(linear layers, x_TD) -> what each makes of x."""
+PackHeads = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(q_TNK, k_TNK, v_TNK, P) -> (P, T, 3, N/P, K): what each of P ranks gets when tokens are traded for heads."""
+UnpackHeads = Callable[[torch.Tensor], torch.Tensor]
+"""(P, T, N, K) -> (T, P N, K): the heads that came back from P ranks."""
 FeedForward = Callable[[nn.Module, nn.Module, torch.Tensor], torch.Tensor]
 """(linear in, linear out, x_TD) -> out(GELU(in(x))), tanh form."""
 Together = Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, Any]]
@@ -107,6 +111,17 @@ def linears(layers: tuple[nn.Module, ...], x_TD: torch.Tensor) -> tuple[torch.Te
     return tuple(layer(x_TD) for layer in layers)
 
 
+def pack_heads(q_TNK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor, degree: int) -> torch.Tensor:
+    """Reference of PackHeads."""
+    stacked_TP3NK = torch.stack([x.unflatten(1, (degree, -1)) for x in (q_TNK, k_TNK, v_TNK)], dim=2)
+    return stacked_TP3NK.transpose(0, 1).contiguous()
+
+
+def unpack_heads(x_PTNK: torch.Tensor) -> torch.Tensor:
+    """Reference of UnpackHeads."""
+    return x_PTNK.transpose(0, 1).flatten(1, 2)
+
+
 def feed_forward(linear_in: nn.Module, linear_out: nn.Module, x_TD: torch.Tensor) -> torch.Tensor:
     """Reference of FeedForward."""
     return linear_out(F.gelu(linear_in(x_TD), approximate="tanh"))
@@ -132,6 +147,8 @@ class TowerOps:
     residual_norms: ResidualNorms = residual_norms
     linears: Linears = linears
     feed_forward: FeedForward = feed_forward
+    pack_heads: PackHeads = pack_heads
+    unpack_heads: UnpackHeads = unpack_heads
 
     def attend_jointly(self, q_TNK: torch.Tensor, text: TextKV, rotated_q_TNK: torch.Tensor, other: KV) -> torch.Tensor:
         """See JointAttention."""

@@ -11,21 +11,6 @@ from services.fusion.parallel.plan import ParallelPlan
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """An all-to-all under way."""
-
-    work: dist.Work
-    sent: torch.Tensor
-    """Kept until all of it has gone."""
-    out: torch.Tensor
-
-    def wait(self) -> torch.Tensor:
-        """What came; on CUDA the stream waits for it, not the host."""
-        self.work.wait()
-        return self.out
-
-
-@dataclass(frozen=True)
 class Group:
     """A process group as this rank sees it."""
 
@@ -45,12 +30,11 @@ class Group:
         padded[: len(rows)] = rows
         return torch.cat([part[:size] for part, size in zip(self.gather(padded), sizes, strict=True)])
 
-    def begin_exchange(self, flat: torch.Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Exchange:
-        """Begin an all-to-all of a flat tensor in pieces of these sizes, in rank order."""
-        out = flat.new_empty(sum(receive_sizes))
-        work = dist.all_to_all_single(out, flat, receive_sizes, send_sizes, group=self.group, async_op=True)
-        assert work is not None
-        return Exchange(work, flat, out)
+    def exchange(self, tensor: torch.Tensor, send_sizes: list[int], receive_sizes: list[int]) -> torch.Tensor:
+        """All-to-all of the values of a contiguous tensor in pieces of these sizes, in rank order; flat."""
+        out = tensor.new_empty(sum(receive_sizes))
+        dist.all_to_all_single(out, tensor.view(-1), receive_sizes, send_sizes, group=self.group)
+        return out
 
 
 @dataclass(frozen=True)

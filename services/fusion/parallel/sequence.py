@@ -7,7 +7,6 @@ need none.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -16,56 +15,37 @@ from torch import nn
 from services.fusion.model.config import PATCH_AREA
 from services.fusion.model.fusion import BlockLoop, FusionModel, RopeTables, TextCache, run_all
 from services.fusion.model.layers import Rope
-from services.fusion.model.operations import Attention, Ops
+from services.fusion.model.operations import Ops, TowerOps
 from services.fusion.parallel.groups import Group
 from services.fusion.parallel.plan import shard_sizes
 
 
 class UlyssesAttention:
-    """Attention among all video tokens, of which each rank brings its own and gets its own back.
+    """Attention among all video tokens, of which each rank brings its own and gets its own back."""
 
-    The heads of a rank can go in several parts, so that one part travels while another is computed.
-    """
-
-    def __init__(self, attention: Attention, group: Group, sizes: list[int], parts: int) -> None:
+    def __init__(self, ops: TowerOps, group: Group, sizes: list[int]) -> None:
         """
         Args:
-            attention: on one rank.
+            ops: attention on one rank, and what packs heads.
             group: ranks that share the tokens.
             sizes: tokens of each.
-            parts: into how many the heads are cut; fewer where they cannot be.
         """
-        self._attention = attention
+        self._ops = ops
         self._group = group
         self._sizes = sizes
-        self._parts = parts
 
     def __call__(self, q_TNK: torch.Tensor, k_TNK: torch.Tensor, v_TNK: torch.Tensor) -> torch.Tensor:
         """(own tokens, all heads) -> the same; in between, all tokens and this rank's heads."""
         degree, sizes = self._group.size, self._sizes
         own, num_heads, head_dim = q_TNK.shape
-        parts = math.gcd(self._parts, num_heads // degree)
-        heads = num_heads // degree // parts
+        heads = num_heads // degree
         row = heads * head_dim
-        # Of each of q, k, v: own tokens, receiving ranks P, parts J, heads of a part N, K.
-        split = [x.unflatten(1, (degree, parts, heads)) for x in (q_TNK, k_TNK, v_TNK)]
-        going = []
-        for part in range(parts):
-            sent_PT3NK = q_TNK.new_empty(degree, own, 3, heads, head_dim)
-            for index, x_TPJNK in enumerate(split):
-                sent_PT3NK[:, :, index] = x_TPJNK[:, :, part].transpose(0, 1)
-            sizes_there, sizes_here = [own * 3 * row] * degree, [size * 3 * row for size in sizes]
-            going.append(self._group.begin_exchange(sent_PT3NK.view(-1), sizes_there, sizes_here))
-        returning = []
-        for exchange in going:
-            q, k, v = exchange.wait().view(sum(sizes), 3, heads, head_dim).unbind(1)
-            out_TNK = self._attention(q, k, v).contiguous()
-            sizes_there, sizes_here = [size * row for size in sizes], [own * row] * degree
-            returning.append(self._group.begin_exchange(out_TNK.view(-1), sizes_there, sizes_here))
-        out_TPJNK = q_TNK.new_empty(own, degree, parts, heads, head_dim)
-        for part, exchange in enumerate(returning):
-            out_TPJNK[:, :, part] = exchange.wait().view(degree, own, heads, head_dim).transpose(0, 1)
-        return out_TPJNK.flatten(1, 3)
+        sent_PT3NK = self._ops.pack_heads(q_TNK, k_TNK, v_TNK, degree)
+        received = self._group.exchange(sent_PT3NK, [own * 3 * row] * degree, [size * 3 * row for size in sizes])
+        q, k, v = received.view(sum(sizes), 3, heads, head_dim).unbind(1)
+        out_TNK = self._ops.self_attention(q, k, v).contiguous()
+        returned = self._group.exchange(out_TNK, [size * row for size in sizes], [own * row] * degree)
+        return self._ops.unpack_heads(returned.view(degree, own, heads, head_dim))
 
 
 class SplitKeyAttention:
@@ -99,17 +79,10 @@ def attention_with_lse(
 class SequenceParallelModel(nn.Module):
     """A FusionModel whose video tokens are spread over a group; same arguments, same results on every rank."""
 
-    def __init__(self, model: FusionModel, group: Group, *, attention_parts: int = 2) -> None:
-        """
-        Args:
-            model: on this rank.
-            group: ranks that share the video tokens.
-            attention_parts: see UlyssesAttention.
-        """
+    def __init__(self, model: FusionModel, group: Group) -> None:
         super().__init__()
         self.model = model
         self._group = group
-        self._attention_parts = attention_parts
 
     def forward(
         self,
@@ -132,7 +105,7 @@ class SequenceParallelModel(nn.Module):
         start = sum(sizes[: group.index])
         own = slice(start, start + sizes[group.index])
         clean = per_frame if clean_first_frame else 0
-        attention = UlyssesAttention(ops.video.self_attention, group, sizes, self._attention_parts)
+        attention = UlyssesAttention(ops.video, group, sizes)
         video_TP, audio_values_SC = model.transform(
             model.video_model.embed(video_CFHW)[own],
             model.audio_model.embed(audio_SC),

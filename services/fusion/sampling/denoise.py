@@ -12,6 +12,7 @@ import torch
 from services.fusion.model.fusion import BlockLoop, RopeTables, TextCache, run_all
 from services.fusion.model.operations import Ops
 from services.fusion.sampling.solvers import FlowSolver
+from services.fusion.sampling.step_cache import Agree, StepCache, alone
 from shared.sampling_options import SamplingOptions
 
 
@@ -23,6 +24,8 @@ class StepDone:
     total: int
     sigma: float
     seconds: float
+    reused: bool = False
+    """Most blocks' work was that of an earlier step, see StepCache."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def with_first_frame(latents: Latents, first_frame_CHW: torch.Tensor | None) -> 
 
 @torch.inference_mode()
 def denoise(
-    predict: Predictor, noise: Latents, conditions: Conditions, options: SamplingOptions
+    predict: Predictor, noise: Latents, conditions: Conditions, options: SamplingOptions, agree: Agree = alone
 ) -> Iterator[StepDone | Latents]:
     """Yield a StepDone after every step and the final Latents last; stops cleanly at any yield.
 
@@ -122,16 +125,21 @@ def denoise(
         predict: the model.
         noise: initial latents on the device, float32.
         conditions: texts and first picture.
-        options: solver, steps, guidance; the seed is spent already.
+        options: solver, steps, guidance, step cache; the seed is spent already.
+        agree: of the ranks that share the run.
     """
     solver_args = (options.solver, options.num_inference_steps, options.flow_shift)
     video_solver, audio_solver = FlowSolver(*solver_args), FlowSolver(*solver_args)
     timesteps = torch.tensor(video_solver.timesteps, device=noise.video_CFHW.device)
+    cache = StepCache(options.step_cache_threshold, agree) if options.step_cache_threshold else None
+    loops = BranchLoops(cache.run_prompt, cache.run_negative) if cache is not None else PLAIN
     latents = noise
     for index in range(options.num_inference_steps):
         start = time.perf_counter()
         latents = with_first_frame(latents, conditions.first_frame_CHW)
-        velocity, negative = predict(latents, timesteps[index], conditions, skip_layer=options.slg_layer)
+        if cache is not None:
+            cache.begin_step(must_compute=index in (0, options.num_inference_steps - 1))
+        velocity, negative = predict(latents, timesteps[index], conditions, skip_layer=options.slg_layer, loops=loops)
         if negative is not None:
             velocity = guided(velocity, negative, options)
         latents = Latents(
@@ -141,7 +149,8 @@ def denoise(
         if latents.video_CFHW.is_cuda:
             torch.cuda.synchronize(latents.video_CFHW.device)
         seconds = time.perf_counter() - start
-        yield StepDone(index + 1, options.num_inference_steps, video_solver.sigmas[index], seconds)
+        reused = cache is not None and cache.reused
+        yield StepDone(index + 1, options.num_inference_steps, video_solver.sigmas[index], seconds, reused)
     yield with_first_frame(latents, conditions.first_frame_CHW)
 
 
