@@ -33,6 +33,7 @@ _FLAGS: Mapping[str, str] = {
     "solver": "--solver",
     "slg_layer": "--slg-layer",
     "seed": "--seed",
+    "step_cache_threshold": "--step-cache",
 }
 
 

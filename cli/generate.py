@@ -76,6 +76,9 @@ def generate(
     shift: Annotated[float, typer.Option(help="Shift of the noise schedule.")] = 5.0,
     solver: Annotated[_SolverName, typer.Option(help="Of the flow.")] = _SolverName.UNIPC,
     slg_layer: Annotated[int, typer.Option(help="Block left out of the negative pass; 0: none.")] = 11,
+    step_cache: Annotated[
+        float, typer.Option(help="Reuse steps whose first block changes by less than this part; lossy; 0: none.")
+    ] = 0.0,
     server: Annotated[
         str | None,
         typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a gateway. Default: one started for this clip."),
@@ -91,7 +94,7 @@ def generate(
     Exit status: 0 the clip is there; 2 wrong input; 1 it could not be made; 130 interrupted, the job cancelled.
     """
     console = Console(highlight=False)
-    options = SamplingOptions(steps, guidance, audio_guidance, shift, Solver(solver.value), slg_layer, seed)
+    options = SamplingOptions(steps, guidance, audio_guidance, shift, Solver(solver.value), slg_layer, seed, step_cache)
     with errors_in_words():
         parameters = pb.GenerationParameters(prompt=prompt, model=model, options=_to_proto(options))
         if negative_prompt is not None:
@@ -134,6 +137,7 @@ def _to_proto(options: SamplingOptions) -> common_pb.SamplingOptions:
         solver=_SOLVERS[options.solver],
         slg_layer=options.slg_layer,
         seed=options.seed,
+        step_cache_threshold=options.step_cache_threshold,
     )
 
 

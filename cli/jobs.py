@@ -179,6 +179,7 @@ def _print_job(job: pb.Job, as_json: bool) -> None:
             f"{options.num_inference_steps} steps, seed {options.seed}, guidance {options.video_guidance_scale:g} /"
             f" {options.audio_guidance_scale:g}, shift {options.flow_shift:g}, skipped block {options.slg_layer}"
         ),
+        "step cache": _step_cache(job),
         "created": _local_time(job.create_time.ToDatetime(UTC)),
         "stages": ", ".join(
             f"{name} {job.stage_seconds[key]:.1f} s" for key, name, _ in STAGES.values() if key in job.stage_seconds
@@ -192,6 +193,13 @@ def _print_job(job: pb.Job, as_json: bool) -> None:
         if value:
             grid.add_row(Text(name, style="dim"), Text(value))
     Console(highlight=False).print(grid)
+
+
+def _step_cache(job: pb.Job) -> str:
+    threshold = job.parameters.options.step_cache_threshold
+    if not threshold:
+        return ""
+    return f"threshold {threshold:g}" + (f", {job.video.steps_reused} steps reused" if job.HasField("video") else "")
 
 
 def _seconds(job: pb.Job) -> float | None:

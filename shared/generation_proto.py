@@ -18,7 +18,15 @@ _FORMATS = {
 }
 _FORMATS_TO_PROTO = {form: proto for proto, form in _FORMATS.items()}
 _OPTIONAL_FIELDS: tuple[
-    Literal["num_inference_steps", "video_guidance_scale", "audio_guidance_scale", "flow_shift", "slg_layer", "seed"],
+    Literal[
+        "num_inference_steps",
+        "video_guidance_scale",
+        "audio_guidance_scale",
+        "flow_shift",
+        "slg_layer",
+        "seed",
+        "step_cache_threshold",
+    ],
     ...,
 ] = (
     "num_inference_steps",
@@ -27,6 +35,7 @@ _OPTIONAL_FIELDS: tuple[
     "flow_shift",
     "slg_layer",
     "seed",
+    "step_cache_threshold",
 )
 
 

@@ -12,6 +12,7 @@ MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 30.0
 MAX_FLOW_SHIFT = 100.0
+MAX_STEP_CACHE_THRESHOLD = 1.0
 
 
 class Solver(enum.Enum):
@@ -36,6 +37,11 @@ class SamplingOptions:
     slg_layer: int = 11
     """Block left out of the negative pass; 0 leaves none out."""
     seed: int = 100
+    step_cache_threshold: float = 0.0
+    """Relative change of the first block's output below which a step reuses the others' of an earlier one; lossy.
+
+    0: every step is computed.
+    """
 
     @property
     def needs_negative_pass(self) -> bool:
@@ -62,4 +68,7 @@ def check_sampling_options(options: SamplingOptions, *, num_layers: int, prefix:
     layer = options.slg_layer
     check("slg_layer", 0 <= layer < num_layers, layer, f"0 (off) to {num_layers - 1}")
     check("seed", 0 <= options.seed <= MAX_SEED, options.seed, f"0 to {MAX_SEED}")
+    threshold = options.step_cache_threshold
+    ok = math.isfinite(threshold) and 0.0 <= threshold <= MAX_STEP_CACHE_THRESHOLD
+    check("step_cache_threshold", ok, threshold, f"0 (off) to {MAX_STEP_CACHE_THRESHOLD:g}")
     return violations

@@ -133,6 +133,4 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
 
 
 def _step(event: StepDone) -> pb.Step:
-    return pb.Step(
-        index=event.index, total=event.total, sigma=event.sigma, seconds=event.seconds, reused=event.reused
-    )
+    return pb.Step(index=event.index, total=event.total, sigma=event.sigma, seconds=event.seconds, reused=event.reused)

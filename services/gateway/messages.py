@@ -77,6 +77,7 @@ def job_to_proto(job: Job) -> pb.Job:
                 num_frames=job.video.num_frames,
                 fps=job.video.fps,
                 url_path=video_url_path(job.id),
+                steps_reused=job.video.steps_reused,
             )
         )
     return message

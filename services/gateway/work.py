@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, ParamSpec, TypeVar
 
@@ -42,6 +42,8 @@ TensorRefJson = dict[str, Any]
 
 _MAX_LATENT_BYTES = 256 << 20
 """Far above the largest legal latents: 48 x 61 x 60 x 60 float32 are 42 MB."""
+_STEPS_REUSED = "steps_reused"
+"""Key in the metadata of kept latents and in a clip's provenance."""
 _MAX_CUTS = 3
 """How often a worker may die under one stage of a job before the job is blamed."""
 
@@ -112,7 +114,7 @@ class JobWork:
                 refs.append(ParseDict(first_frame, tensor_pb2.TensorRef()))
             metadata = await self._latents_metadata(job)
             request = _denoise_request(job, refs)
-            result = await self._patiently(
+            result, steps_reused = await self._patiently(
                 job_id,
                 JobStage.DENOISE,
                 self.clients.fusion.name,
@@ -121,6 +123,7 @@ class JobWork:
             outcome = [result.video_latent, result.audio_latent]
             video, audio = await asyncio.gather(*(self._fetch(ref) for ref in outcome))
             latents = Latents(video, audio)
+            metadata |= {_STEPS_REUSED: str(steps_reused)}
             await _write(self.artifacts.write_latents, job_id, latents, metadata)
             await self._release([*refs, *outcome])
 
@@ -133,12 +136,13 @@ class JobWork:
         async with self._stage(job_id, JobStage.DECODE) as job:
             latents = await asyncio.to_thread(self.artifacts.read_latents, job_id)
             provenance = await self._provenance(job)
-            return await self._patiently(
+            video = await self._patiently(
                 job_id,
                 JobStage.DECODE,
                 self.clients.vae.name,
                 lambda patience: self._decode_once(job_id, latents, provenance, patience),
             )
+            return replace(video, steps_reused=int(provenance[_STEPS_REUSED]))
 
     async def _patiently(
         self, job_id: str, stage: JobStage, worker: str, attempt: Callable[[Patience], Awaitable[T]]
@@ -163,12 +167,15 @@ class JobWork:
 
     async def _denoise_once(
         self, request: fusion_pb2.DenoiseRequest, job_id: str, patience: Patience
-    ) -> fusion_pb2.Result:
+    ) -> tuple[fusion_pb2.Result, int]:
+        """The result, and how many steps were reused."""
+        steps_reused = 0
         async with contextlib.aclosing(self.clients.fusion.denoise(request, job_id=job_id)) as events:
             async for event in events:
                 patience.alive()
                 if event.WhichOneof("event") == "result":
-                    return event.result
+                    return event.result, steps_reused
+                steps_reused += event.step.reused
                 self.metrics.step_finished(event.step.seconds)
                 await self.tracker.advance(job_id, event.step.index, event.step.total)
         raise CorruptTensor("the fusion service ended the stream without a result")
@@ -223,6 +230,8 @@ class JobWork:
             "model": kept["model"],
             "model_fingerprint": kept["model_fingerprint"],
             "precision": kept.get("precision", ""),
+            # Latents kept by a version without a step cache do not say it.
+            _STEPS_REUSED: kept.get(_STEPS_REUSED, "0"),
             "settings": json.dumps(settings, sort_keys=True),
             "software_version": version("ovi-serve"),
         }

@@ -91,6 +91,8 @@ class VideoInfo:
     width: int
     num_frames: int
     fps: int
+    steps_reused: int = 0
+    """Solver steps that the step cache took from earlier ones."""
 
 
 @dataclass(frozen=True)
