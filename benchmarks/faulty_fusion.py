@@ -10,25 +10,23 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import services.fusion.__main__
 from services.fusion import engine
-from services.fusion.sampling.denoise import Conditions, Latents, Predictor, StepDone, denoise
-from shared.sampling_options import SamplingOptions
+from services.fusion.sampling.denoise import Latents, Predictor, StepDone, denoise
 
 
-def faulty(predict: Predictor, flag: Path, rank: str) -> Predictor:
-    """The predictor, failing once the flag names this rank."""
+def faulty(predict: Predictor, fault_file: Path, rank: str) -> Predictor:
+    """The predictor, failing once the file names this rank."""
 
-    def predict_or_fail(
-        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int
-    ) -> tuple[Latents, Latents | None]:
-        if flag.exists() and flag.read_text() == rank:
-            flag.unlink()
+    def predict_or_fail(*args: Any, **kwargs: Any) -> tuple[Latents, Latents | None]:
+        if fault_file.exists() and fault_file.read_text() == rank:
+            fault_file.unlink()
             raise torch.OutOfMemoryError("out of memory, as the fault file asked")
-        return predict(latents, timestep, conditions, skip_layer=skip_layer)
+        return predict(*args, **kwargs)
 
     return predict_or_fail
 
@@ -40,10 +38,8 @@ def main() -> None:
     args, sys.argv[1:] = parser.parse_known_args()
     rank = os.environ.get("RANK", "0")
 
-    def denoise_with_fault(
-        predict: Predictor, noise: Latents, conditions: Conditions, options: SamplingOptions
-    ) -> Iterator[StepDone | Latents]:
-        return denoise(faulty(predict, args.fault_file, rank), noise, conditions, options)
+    def denoise_with_fault(predict: Predictor, *rest: Any, **more: Any) -> Iterator[StepDone | Latents]:
+        return denoise(faulty(predict, args.fault_file, rank), *rest, **more)
 
     engine.denoise = denoise_with_fault
     services.fusion.__main__.main()

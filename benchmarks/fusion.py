@@ -38,10 +38,10 @@ from benchmarks.common import (
     save_result,
     synchronize,
 )
-from services.fusion.fp8 import quantize
+from services.fusion.fp8 import Quantization, quantize
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import FusionModel, RopeTables
-from services.fusion.ops import Kernels, SelectedOps, select_ops
+from services.fusion.ops import Execution, Kernels, SelectedOps, select_ops
 from services.fusion.packing import pack_projections
 from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.parallelize import make_predictor
@@ -97,8 +97,7 @@ class Machine:
 
     device: torch.device
     selected: SelectedOps
-    graphs: bool
-    fp8: bool
+    execution: Execution
     rates: Rates
     repeats: int
 
@@ -138,7 +137,8 @@ class Subject:
 def bind(subject: Subject, machine: Machine, plan: ParallelPlan) -> Predictor:
     """The service's predictor of a plan; a collective if it has several ranks."""
     groups = make_groups(plan) if plan != ALONE else None
-    return make_predictor(subject.model, subject.rope, machine.selected.ops, groups, graphs=machine.graphs)
+    graphs = machine.execution.graphs and machine.device.type == "cuda"
+    return make_predictor(subject.model, subject.rope, machine.selected.ops, groups, graphs=graphs)
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,17 @@ def run_steps(subject: Subject, machine: Machine, plan: ParallelPlan, repeats: i
     return Steps(times, first_step_s, second_step_s, predictions, peak_gib, collectives)
 
 
-def step_work(config: FusionConfig, clip: Clip, plan: ParallelPlan, rates: Rates, *, fp8: bool) -> tuple[float, float]:
+def step_work(
+    config: FusionConfig, clip: Clip, plan: ParallelPlan, rates: Rates, quantization: Quantization
+) -> tuple[float, float]:
     """Operations of a step on all ranks in TFLOP, and its floor in seconds; the negative pass leaves out one layer."""
     products, attention = count_flop(config, clip)
     passes = 2 - 1 / config.num_layers
     most = (1 if plan.guidance_degree == 2 else passes) / plan.sequence_degree
     products_s = products / rates.product_flop_per_s
-    if fp8:
+    if quantization is Quantization.FP8 and rates.fp8_product_flop_per_s is not None:
         # The first and the last block keep their precision, see services.fusion.fp8.
         kept = 2 / config.num_layers
-        assert rates.fp8_product_flop_per_s is not None
         products_s = kept * products_s + (1 - kept) * products / rates.fp8_product_flop_per_s
     return passes * (products + attention) / 1e12, most * (products_s + attention / rates.attention_flop_per_s)
 
@@ -233,19 +234,28 @@ def measure_clip(
     alone = run_steps(subject, machine, ALONE, _ALONE_REPEATS) if together else None
     for plan in plans:
         steps = run_steps(subject, machine, plan, machine.repeats)
-        work = step_work(model.config, clip, plan, machine.rates, fp8=machine.fp8)
+        work = step_work(model.config, clip, plan, machine.rates, machine.execution.quantization)
         yield make_row(name, work, plan, steps, alone if plan != ALONE else None)
 
 
 def make_model(config: FusionConfig, machine: Machine, dtype: torch.dtype) -> FusionModel:
     """A random model, prepared as the service prepares a loaded one."""
     model = random_model(config, machine.device, dtype)
-    if machine.fp8:
+    if machine.execution.quantization is Quantization.FP8:
         quantize(model)
     if machine.selected.fused:
         pack_projections(model)
     synchronize(machine.device)
     return model
+
+
+def variant_of(execution: Execution) -> str:
+    """What differs from the services' default, in words; empty if nothing does."""
+    default = Execution()
+    words = [execution.quantization.value] if execution.quantization is not default.quantization else []
+    words += [execution.kernels.value] if execution.kernels is not default.kernels else []
+    words += ["no graphs"] if execution.graphs is not default.graphs else []
+    return " ".join(words)
 
 
 def parse_plans(text: str, world_size: int, num_heads: int) -> list[ParallelPlan]:
@@ -277,8 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--clips", default=",".join(CLIPS))
     add("--plans", default="auto")
     add("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
-    add("--no-graphs", action="store_true", help="record no CUDA graphs")
-    add("--fp8", action="store_true", help="the fp8 tier; needs a GPU with fp8 products")
+    add("--graphs", action=argparse.BooleanOptionalAction, default=True, help="record passes as CUDA graphs")
+    add("--quantization", choices=[quantization.value for quantization in Quantization], default="none")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--preset", choices=["full", "tiny"], default="full")
     add("--repeats", type=int, default=5)
@@ -299,15 +309,14 @@ def main() -> None:
     plans = parse_plans(args.plans, ranks.world_size, chosen.config.num_heads)
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    selected = select_ops(device, dtype, Kernels(args.kernels))
-    graphs = cuda and not args.no_graphs
-    machine = Machine(device, selected, graphs, args.fp8, measure_rates(device, dtype), args.repeats)
+    execution = Execution(Kernels(args.kernels), args.graphs, Quantization(args.quantization))
+    selected = select_ops(device, dtype, execution.kernels)
+    machine = Machine(device, selected, execution, measure_rates(device, dtype), args.repeats)
     if cuda:
         torch.cuda.empty_cache()
     begin_s = time.perf_counter()
     model = make_model(chosen.config, machine, dtype)
-    words = ["fp8"] * args.fp8 + [args.kernels] * (args.kernels != "auto") + ["no graphs"] * args.no_graphs
-    described = describe_run("fusion", device, ranks.world_size, args, " ".join(words)) | {
+    described = describe_run("fusion", device, ranks.world_size, args, variant_of(execution)) | {
         "preset": args.preset,
         "kernels": selected.name,
         "rates": asdict(machine.rates),

@@ -212,7 +212,7 @@ def stack_table(folder: Path) -> str:
         read_lines(folder, "stack"),
         lambda line: (
             *(line.device, line.gpus, clip_order(line.row["run"]["model"])),
-            *(line.row["run"]["steps"], line.row["run"]["i2v"]),
+            *(line.row["run"]["steps"], line.row["run"]["i2v"], line.variant),
         ),
     )
     stages = {"encode_prompt": "encode prompt", "encode_image": "encode picture", "denoise": "denoise"}
@@ -225,7 +225,7 @@ def stack_table(folder: Path) -> str:
         seconds = [line.row["stage_s"].get(stage) for stage in stages]
         rows.append(
             [
-                f"{what}, {line.row['num_frames']} frames",
+                f"{what}, {line.row['num_frames']} frames" + (f", {line.variant}" if line.variant else ""),
                 str(line.gpus),
                 str(run["steps"]),
                 f"**{line.row['wall_s']:.1f} s**",
@@ -240,12 +240,15 @@ def queue_table(folder: Path) -> str:
     """Jobs created at once."""
     lines = newest(
         read_lines(folder, "stack", "queues"),
-        lambda line: (line.device, line.gpus, clip_order(line.row["run"]["model"]), line.row["run"]["steps"]),
+        lambda line: (
+            *(line.device, line.gpus, clip_order(line.row["run"]["model"])),
+            *(line.row["run"]["steps"], line.variant),
+        ),
     )
     head = ["clip", "GPUs", "steps", "jobs", "one after another", "at once", "throughput", "work done side by side"]
     rows = [
         [
-            line.row["run"]["model"],
+            line.row["run"]["model"] + (f", {line.variant}" if line.variant else ""),
             str(line.gpus),
             str(line.row["run"]["steps"]),
             str(line.row["jobs"]),

@@ -72,3 +72,22 @@ def test_reference_and_efficiency_stand_beside_ours(tmp_path) -> None:
     assert ours[5] == "0.711" and ours[8] == "80%"
     assert other[5] == "–", "the reference was measured on another GPU"
     assert "| 80% |" in report.fusion_table(tmp_path).split("\n\n")[1], "the part that the floor is of the step"
+
+
+def test_result_of_the_video_decoder_is_known_by_its_name(tmp_path) -> None:
+    row = {"clip": "960x960_5s", "seconds": 3.0, "tflop_per_s": 500.0, "percent_of_ceiling": 80.0, "floor_s": 2.4}
+    write(tmp_path, "vae_h200_1gpu_2026-01-01", [row | {"mp4_seconds": None, "peak_gib": 9.0, "first_s": 4.0}])
+    (found,) = cells(report.vae_table(tmp_path))
+    assert found[:6] == ["960x960_5s", "1", "**3.000**", "–", "9.3", "3.2"]
+
+
+def test_stack_rows_and_queues_of_one_run(tmp_path) -> None:
+    run = {"model": "720x720_5s", "steps": 50, "i2v": False}
+    row = {"run": run, "height": 704, "width": 704, "num_frames": 121, "wall_s": 12.0, "peak_gib": {}}
+    queue = {"run": run, "jobs": 3, "alone_s": 36.0, "queued_s": 24.0, "gain": 1.5, "overlapped_s": 12.0}
+    stage_s = {"encode_prompt": 0.5, "denoise": 7.5, "decode": 4.0}
+    write(tmp_path, "stack_h200_8gpu_2026-01-01", [row | {"stage_s": stage_s}], gpus=8, queues=[queue], start_s=20.0)
+    (made,) = cells(report.stack_table(tmp_path))
+    assert made[1:8] == ["8", "50", "**12.0 s**", "0.50 s", "–", "7.50 s", "4.00 s"]
+    (queued,) = cells(report.queue_table(tmp_path))
+    assert queued[3:] == ["3", "36.0 s", "**24.0 s**", "x 1.50", "12.0 s"]
