@@ -28,6 +28,8 @@ from services.fusion.sampling.denoise import (
 from shared.device_memory import peak_gib, reset_peak
 from shared.errors import CheckpointError, InvalidRequest
 from shared.logging import get_logger
+from shared.sampling_options import SamplingOptions
+from shared.shapes import common_sizes
 from shared.variants import VARIANTS
 
 log = get_logger(__name__)
@@ -143,6 +145,23 @@ class FusionEngine:
         log.info("model loaded", model=model, seconds=round(time.perf_counter() - start, 3))
         return network
 
+    def warm_up(self, model: str) -> None:
+        """One guided step on noise, so that kernels are compiled and chosen before the first job; on CUDA only.
+
+        Raises:
+            CheckpointError: the variant's values cannot be read.
+        """
+        if self._device.type != "cuda":
+            return
+        start = time.perf_counter()
+        served = self.served[model]
+        height, width = common_sizes(served.video_area)[0]
+        rows = torch.zeros(1, served.file.config.text_dim)
+        spec = RunSpec(model, height, width, SamplingOptions(num_inference_steps=1, slg_layer=0))
+        for _ in self.denoise(spec, RunInputs(rows, rows, rows, None)):
+            pass
+        log.info("warmed up", model=model, seconds=round(time.perf_counter() - start, 3))
+
     def denoise(self, spec: RunSpec, inputs: RunInputs) -> Iterator[StepDone | Latents]:
         """Run a checked spec: a StepDone after each step, the latents (on the CPU, float32) last.
 
@@ -157,16 +176,20 @@ class FusionEngine:
         noise = draw_noise(video_shape.as_tuple(), served.audio_shape.as_tuple(), spec.options.seed)
         predict, conditions = self._prepare(network, noise, spec, inputs)
         noise = Latents(noise.video_CFHW.to(self._device), noise.audio_SC.to(self._device))
-        for event in denoise(predict, noise, conditions, spec.options, bind_agreement(self._groups)):
-            if isinstance(event, StepDone):
-                seconds = round(event.seconds, 4)
-                log.debug("step", index=event.index, total=event.total, seconds=seconds, reused=event.reused)
-                yield event
-            else:
-                latents = Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())
-                seconds = round(time.perf_counter() - start, 3)
-                log.info("denoised", model=spec.model, seconds=seconds, peak_device_gib=peak_gib(self._device))
-                yield latents
+        try:
+            for event in denoise(predict, noise, conditions, spec.options, bind_agreement(self._groups)):
+                if isinstance(event, StepDone):
+                    seconds = round(event.seconds, 4)
+                    log.debug("step", index=event.index, total=event.total, seconds=seconds, reused=event.reused)
+                    yield event
+                else:
+                    latents = Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())
+                    seconds = round(time.perf_counter() - start, 3)
+                    log.info("denoised", model=spec.model, seconds=seconds, peak_device_gib=peak_gib(self._device))
+                    yield latents
+        except torch.OutOfMemoryError:
+            self._bound = None  # what recorded passes hold may be what the next job lacks
+            raise
 
     @torch.inference_mode()
     def _prepare(
