@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +16,16 @@ from services.fusion.parallel.groups import Groups
 from services.fusion.request import RunInputs, RunSpec
 from services.fusion.sampling.denoise import Latents, StepDone
 from shared.errors import CheckpointError
-from shared.group.control import Command, ControlChannel
-from shared.group.ranks import EXIT_GROUP_FAILED, Fellowship
+from shared.group.control import Command
+from shared.group.ranks import Fellowship
+from shared.group.steps import follow as follow_commands
+from shared.group.steps import follow_steps, lead, load_together, stop_followers
 from shared.logging import get_logger
 from shared.sampling_options import SamplingOptions, Solver
 
 log = get_logger(__name__)
 
-_LOAD, _RUN, _STOP = "load", "run", "stop"
+_LOAD, _RUN = "load", "run"
 
 
 class LeadingEngine(FusionEngine):
@@ -58,31 +60,18 @@ class LeadingEngine(FusionEngine):
         """See FusionEngine.load; on all ranks."""
         if self._loaded is None or self._loaded[0] != model:
             self._channel.send(Command(_LOAD, {"model": model}, {}))
-            load_together(super().load, model, self._channel)
+            return load_together(partial(super().load, model), model, self._channel)
         return super().load(model)
 
     def denoise(self, spec: RunSpec, inputs: RunInputs) -> Iterator[StepDone | Latents]:
         """See FusionEngine.denoise; on all ranks. Whether a next step is taken is decided here, once a step."""
         self.load(spec.model)
-        self._channel.send(Command(_RUN, _spec_to_json(spec), _tensors_of(inputs)))
-        try:
-            for event in super().denoise(spec, inputs):
-                wanted = False
-                try:
-                    yield event
-                    wanted = True
-                finally:
-                    if isinstance(event, StepDone):
-                        self._channel.go_on(wanted)
-        except Exception as error:
-            log.error("the group has failed and ends", exc_info=error)
-            os._exit(EXIT_GROUP_FAILED)
+        command = Command(_RUN, _spec_to_json(spec), _tensors_of(inputs))
+        return lead(self._channel, command, super().denoise(spec, inputs))
 
     def stop_followers(self) -> None:
         """Let the other ranks end, and leave the group."""
-        self._fellowship.part()
-        self._channel.send(Command(_STOP, {}, {}))
-        self._fellowship.leave()
+        stop_followers(self._fellowship)
 
 
 def follow(engine: FusionEngine, fellowship: Fellowship) -> None:
@@ -92,37 +81,20 @@ def follow(engine: FusionEngine, fellowship: Fellowship) -> None:
         RuntimeError: rank 0 is gone, or a collective failed; the process should end.
     """
     channel = fellowship.channel
-    while (command := channel.receive()).kind != _STOP:
-        if command.kind == _LOAD:
-            _load_or_note(engine, command.fields["model"], channel)
-        else:
-            for event in engine.denoise(_spec_from_json(command.fields), RunInputs(**command.tensors)):  # type: ignore[arg-type]
-                if isinstance(event, StepDone) and not channel.go_on():
-                    break
-    fellowship.leave()
 
+    def load(command: Command) -> None:
+        """If the file is damaged, live on: rank 0 tells the caller."""
+        model = command.fields["model"]
+        try:
+            load_together(partial(engine.load, model), model, channel)
+        except CheckpointError as error:
+            log.error("model cannot be loaded", model=model, reason=error.message)
 
-def load_together(load: Callable[[str], FusionModel], model: str, channel: ControlChannel) -> None:
-    """Load on this rank and learn whether all ranks could.
+    def run(command: Command) -> None:
+        inputs = RunInputs(**command.tensors)  # type: ignore[arg-type]
+        follow_steps(channel, engine.denoise(_spec_from_json(command.fields), inputs))
 
-    Raises:
-        CheckpointError: this rank or another could not.
-    """
-    try:
-        load(model)
-    except CheckpointError:
-        channel.agree(False)
-        raise
-    if not channel.agree(True):
-        raise CheckpointError(f"{model} could not be loaded on every rank; the logs of the ranks say why")
-
-
-def _load_or_note(engine: FusionEngine, model: str, channel: ControlChannel) -> None:
-    """A follower whose file is damaged lives on: rank 0 has told the caller."""
-    try:
-        load_together(engine.load, model, channel)
-    except CheckpointError as error:
-        log.error("model cannot be loaded", model=model, reason=error.message)
+    follow_commands(fellowship, {_LOAD: load, _RUN: run})
 
 
 def _tensors_of(inputs: RunInputs) -> dict[str, torch.Tensor | None]:

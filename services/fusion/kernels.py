@@ -15,6 +15,8 @@ from services.fusion.model.layers import EPS, Affine, Rope
 from services.fusion.model.operations import KV, TextKV
 from services.fusion.packing import joint_rows
 
+JOINT_HEAD_DIMS = (16, 32, 64, 128)
+"""Head dims that joint_attention can do: sides of the matrix units' tiles."""
 _LOG2_E = 1.4426950408889634
 _QUERY_BLOCK = 64
 _KEY_BLOCK = 64
@@ -287,7 +289,7 @@ def _joint_attention_kernel(  # type: ignore[no-untyped-def]
 
 
 def joint_attention(q_TNK: torch.Tensor, text: TextKV, rotated_q_TNK: torch.Tensor, other: KV) -> torch.Tensor:
-    """See JointAttention; for many queries and few keys, both sums made on the chip. K is a power of two.
+    """See JointAttention; for many queries and few keys, both sums made on the chip. K is one of JOINT_HEAD_DIMS.
 
     The rows of padding after a prompt are all alike: one of them is attended to, with the weight of them all.
     """

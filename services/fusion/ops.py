@@ -12,7 +12,7 @@ import torch
 
 from services.fusion.attention import select_attention
 from services.fusion.fp8 import Fp8Operations, Quantization, has_fp8_products
-from services.fusion.model.operations import Ops
+from services.fusion.model.operations import KV, Ops, TextKV
 
 
 class Kernels(enum.Enum):
@@ -90,7 +90,12 @@ def select_ops(device: torch.device, dtype: torch.dtype, kernels: Kernels = Kern
         pack_heads=fused.pack_heads,
         unpack_heads=fused.unpack_heads,
     )
+
+    def joint_attention(q_TNK: torch.Tensor, text: TextKV, rotated_q_TNK: torch.Tensor, other: KV) -> torch.Tensor:
+        if q_TNK.shape[-1] in fused.JOINT_HEAD_DIMS and q_TNK.dtype in (torch.bfloat16, torch.float16):
+            return fused.joint_attention(q_TNK, text, rotated_q_TNK, other)
+        return audio.attend_jointly(q_TNK, text, rotated_q_TNK, other)
+
     # Many video tokens attend to few others; for the few audio tokens the attention kernels are the better ones.
-    half = dtype in (torch.bfloat16, torch.float16)
-    video = replace(audio, joint_attention=fused.joint_attention if half else None)
+    video = replace(audio, joint_attention=joint_attention)
     return SelectedOps(f"{attention.name}, fused kernels", Ops(video, audio, SideStream(device)), fused=True)

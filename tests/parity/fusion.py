@@ -10,9 +10,10 @@ import torch
 
 from services.fusion.checkpoint import build, infer_config, layout
 from services.fusion.model.fusion import FusionModel
-from services.fusion.model.operations import Ops
-from services.fusion.ops import Kernels, select_ops
-from services.fusion.sampling.denoise import Conditions, Latents, bind_forward, bind_guidance, denoise
+from services.fusion.ops import Kernels, SelectedOps, select_ops
+from services.fusion.packing import pack_projections
+from services.fusion.parallel.parallelize import make_predictor
+from services.fusion.sampling.denoise import Conditions, Latents, denoise
 from services.fusion.sampling.solvers import FlowSolver
 from shared.checkpoints import layout_of, require_layout
 from shared.sampling_options import SamplingOptions, Solver
@@ -27,9 +28,9 @@ class Place:
     kernels: Kernels
 
     @property
-    def ops(self) -> Ops:
-        """The selected operations."""
-        return select_ops(self.device, torch.float32, self.kernels).ops
+    def selected(self) -> SelectedOps:
+        """The operations."""
+        return select_ops(self.device, torch.float32, self.kernels)
 
 
 CPU = Place(torch.device("cpu"), Kernels.REFERENCE)
@@ -42,7 +43,10 @@ def _model(path: Path, place: Place) -> FusionModel:
     widths = golden.json("video_config")
     config = infer_config(layout_of(weights), path, num_heads=widths["num_heads"], text_len=widths["text_len"])
     require_layout(path, layout_of(weights), layout(config))
-    return build(config, {key: weight.to(place.device) for key, weight in weights.items()})
+    model = build(config, {key: weight.to(place.device) for key, weight in weights.items()})
+    if place.selected.fused:
+        pack_projections(model)
+    return model
 
 
 @torch.inference_mode()
@@ -62,7 +66,7 @@ def model_comparisons(golden: Path, place: Place = CPU) -> Iterator[Comparison]:
             torch.tensor(case["timestep"], device=place.device),
             text,
             model.rope_tables((frames, height, width), len(inputs["audio_latent"])).to(place.device),
-            place.ops,
+            place.selected.ops,
             clean_first_frame=case["first_frame_is_clean"],
             skip_layer=case["slg_layer"],
         )
@@ -120,7 +124,9 @@ def pipeline_comparisons(golden: Path, place: Place = CPU) -> Iterator[Compariso
         _, frames, height, width = tensors["video_noise"].shape
         rope = model.rope_tables((frames, height, width), len(tensors["audio_noise"])).to(place.device)
         noise = Latents(tensors["video_noise"], tensors["audio_noise"])
-        *_, final = denoise(bind_guidance(bind_forward(model, rope, place.ops)), noise, conditions, options)
+        graphs = place.device.type == "cuda"
+        predict = make_predictor(model, rope, place.selected.ops, None, graphs=graphs)
+        *_, final = denoise(predict, noise, conditions, options)
         if not isinstance(final, Latents):
             raise TypeError("a run must end with its latents")
         yield Comparison("pipeline", name, "video_latent", max_abs_err(final.video_CFHW, tensors["video_latent"]))
