@@ -1,18 +1,24 @@
-"""`python -m services.vae --checkpoints DIR`: the VAE service."""
+"""The VAE service: `python -m services.vae --checkpoints DIR`, or the same through torchrun with a rank a GPU."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import replace
 
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
 from services.vae.config import VaeOptions
 from services.vae.engine import VaeEngine
+from services.vae.group import join_decoders, load_leader, run_follower
 from services.vae.ops import Kernels
 from services.vae.request import MAX_LATENT_FRAMES
 from services.vae.scratch import remove_abandoned
 from services.vae.servicer import VaeServicer
 from shared.device_worker import DeviceWorker
+from shared.group.ranks import Ranks, end_with_parent, rank_device
+from shared.group.steps import stop_followers
 from shared.grpc_server import GrpcService, serve
+from shared.logging import configure_logging
 from shared.service_main import run_service, stage_options, stage_parser
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
@@ -22,9 +28,10 @@ DEFAULT_PORT = 50053
 
 
 async def run(options: VaeOptions) -> None:
-    """Load the networks, serve until a signal."""
+    """Load the networks, serve until a signal: the only rank, or rank 0 of several."""
     remove_abandoned()
     stage = options.stage
+    fellowship = join_decoders(options) if options.ranks.world_size > 1 else None
     engines: list[VaeEngine] = []
     worker = DeviceWorker("vae", max_pending=stage.max_pending)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
@@ -37,12 +44,17 @@ async def run(options: VaeOptions) -> None:
     )
 
     async def load() -> None:
-        engines.append(await worker.run(lambda: VaeEngine.load(options)))
+        if fellowship is None:
+            engines.append(await worker.run(lambda: VaeEngine.load(options)))
+        else:
+            engines.append(await worker.run(lambda: load_leader(options, fellowship)))
 
     async def close() -> None:
         worker.close()
         resolver.close()
         tensors.stop(stage.listen.grace_s)
+        if fellowship is not None:
+            stop_followers(fellowship)
 
     await serve(stage.listen, [service], load=load, close=close)
 
@@ -63,8 +75,17 @@ def main() -> None:
         help="of the video decoder; auto: fused where they can run (default: %(default)s)",
     )
     args = parser.parse_args()
-    options = VaeOptions(stage_options(args), args.chunk_latent_frames, Kernels(args.kernels))
-    run_service("vae", args.log_level, options, run(options))
+    ranks = Ranks.from_environment(os.environ)
+    stage = stage_options(args)
+    stage = replace(stage, device=rank_device(stage.device, ranks))
+    options = VaeOptions(stage, args.chunk_latent_frames, Kernels(args.kernels), ranks)
+    if ranks.world_size > 1:
+        end_with_parent()
+    if ranks.rank > 0:
+        configure_logging("vae", level=args.log_level, rank=ranks.rank)
+        run_follower(options, join_decoders(options))
+    else:
+        run_service("vae", args.log_level, options, run(options))
 
 
 def _chunk_length(text: str) -> int:

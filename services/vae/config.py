@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.vae.ops import Kernels
+from shared.group.ranks import Ranks
 from shared.service_main import StageOptions
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
 
@@ -25,3 +26,5 @@ class VaeOptions:
     """
     kernels: Kernels
     """Implementations of the video decoder's operations."""
+    ranks: Ranks
+    """This process among those that decode a clip together."""

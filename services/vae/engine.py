@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,9 @@ from shared.device_memory import peak_gib, reset_peak
 from shared.errors import DiskFull
 from shared.shapes import VideoLatentShape
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
+
+PictureSource = Callable[[torch.Tensor], Iterator[torch.Tensor]]
+"""From a normalised latent (48, F, h, w) to its pictures (f, 16h, 16w, 3), levels 0 to 255, on the device."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,14 @@ class VaeEngine:
     """The three networks on one device."""
 
     def __init__(
-        self, video_vae: VideoVae, audio_vae: AudioVae, vocoder: Vocoder, *, chunk_latent_frames: int, fingerprint: str
+        self,
+        video_vae: VideoVae,
+        audio_vae: AudioVae,
+        vocoder: Vocoder,
+        *,
+        chunk_latent_frames: int,
+        fingerprint: str,
+        pictures: PictureSource | None = None,
     ) -> None:
         """
         Args:
@@ -64,8 +74,10 @@ class VaeEngine:
             vocoder: on the device, float32.
             chunk_latent_frames: latent frames whose pictures are handed over together; see VaeOptions.
             fingerprint: of the weight files.
+            pictures: how `video_vae` decodes, if not alone.
         """
         self._video_vae = video_vae
+        self._pictures = pictures or (lambda latent_CFHW: video_vae.decode(latent_CFHW, torch.uint8))
         self._audio_vae = audio_vae
         self._vocoder = vocoder
         self._device = next(vocoder.parameters()).device
@@ -78,23 +90,26 @@ class VaeEngine:
         return peak_gib(self._device)
 
     @classmethod
-    def load(cls, options: VaeOptions) -> VaeEngine:
+    def load(cls, options: VaeOptions, spread: Callable[[VideoVae], PictureSource] | None = None) -> VaeEngine:
         """Read the three weight files onto the device.
+
+        Args:
+            options: flags of the service.
+            spread: makes the video VAE's decoding that of several ranks; None: it decodes alone.
 
         Raises:
             CheckpointError: one is missing, damaged or does not fit; names the file.
         """
         stage = options.stage
-        # cuDNN would otherwise run float32 convolutions in TF32, which is audible in the vocoder's quiet passages.
-        torch.backends.cudnn.allow_tf32 = False
-        ops = select_ops(stage.device, options.kernels)
         digest = hashlib.sha256("".join(file_fingerprint(stage.checkpoints / file) for file in WEIGHT_FILES).encode())
+        video_vae = load_decoding(options)
         return cls(
-            load_video_vae(stage.checkpoints / VIDEO_VAE_FILE, stage.device, stage.precision, ops=ops),
+            video_vae,
             load_audio_vae(stage.checkpoints / AUDIO_VAE_FILE, stage.device),
             load_vocoder(stage.checkpoints / VOCODER_FILE, stage.device),
             chunk_latent_frames=options.chunk_latent_frames,
             fingerprint=digest.hexdigest()[:16],
+            pictures=None if spread is None else spread(video_vae),
         )
 
     def encode_image(self, frame_HWC: NDArray[np.uint8]) -> torch.Tensor:
@@ -105,7 +120,7 @@ class VaeEngine:
 
     def decode_video(self, latent_CFHW: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
         """RGB frames (f, 16H, 16W, 3) of a normalised latent, chunk by chunk, on the host."""
-        pictures = self._video_vae.decode(latent_CFHW.to(self._device), torch.uint8)
+        pictures = self._pictures(latent_CFHW.to(self._device))
         if self._device.type == "cuda":
             pictures = _copied_to_host(pictures, self._device)
         for levels_FHWC in self._video_vae.regroup(pictures, self._chunk_latent_frames):
@@ -171,6 +186,19 @@ class VaeEngine:
             return fit_length(self.decode_audio(audio_SC), num_samples)
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             return fit_length(self.decode_audio(audio_SC), num_samples)
+
+
+def load_decoding(options: VaeOptions) -> VideoVae:
+    """The video VAE on the device, with the operations that the flags ask for.
+
+    Raises:
+        CheckpointError: see `load_video_vae`.
+    """
+    stage = options.stage
+    # cuDNN would otherwise run float32 convolutions in TF32, which is audible in the vocoder's quiet passages.
+    torch.backends.cudnn.allow_tf32 = False
+    ops = select_ops(stage.device, options.kernels)
+    return load_video_vae(stage.checkpoints / VIDEO_VAE_FILE, stage.device, stage.precision, ops=ops)
 
 
 def _copied_to_host(pictures: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:

@@ -18,6 +18,8 @@ from services.vae.model.video_layers import MIN_NORM, PIXEL_CHANNELS, TAPS, Form
 
 _TILE = 1024
 """Elements that a program handles at a time: eight a thread, so that memory is touched 16 bytes at a time."""
+_WIDE_CHANNELS = 512
+"""From here on one pixel at a time measured better."""
 _PIXELS_TILE = 128
 
 
@@ -176,7 +178,7 @@ def join(
     first = parts[0]
     kind = 0 if shortcut is None else 1 if shortcut.space_factor == 1 else 2
     tile_channels = triton.next_power_of_2(channels)
-    tile_pixels = max(1, _TILE // tile_channels)
+    tile_pixels = 1 if tile_channels >= _WIDE_CHANNELS else _TILE // tile_channels
     combined = past_2HWC is not None
     _join_kernel[(triton.cdiv(height * width, tile_pixels),)](
         *parts,

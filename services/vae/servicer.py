@@ -148,6 +148,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             precision=str(stage.precision).removeprefix("torch."),
             fingerprint=self._engine().fingerprint,
             chunk_latent_frames=self._options.chunk_latent_frames,
+            num_ranks=self._options.ranks.world_size,
         )
 
     async def _fetch(self, references: Mapping[str, tensor_pb2.TensorRef]) -> dict[str, torch.Tensor]:
