@@ -1,0 +1,61 @@
+"""The VAE service on several ranks: rank 0 leads and does everything else, all of them decode pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from services.vae.config import VaeOptions
+from services.vae.engine import PictureSource, VaeEngine, load_decoding
+from services.vae.model.video_vae import VideoVae
+from services.vae.parallel import connect_ranks, decode_striped
+from shared.group.control import Command
+from shared.group.ranks import Fellowship, join_group
+from shared.group.steps import follow, follow_steps, lead, load_together
+
+_DECODE = "decode"
+_WHAT = "the VAE"
+
+
+def join_decoders(options: VaeOptions) -> Fellowship:
+    """Meet the other ranks; all of them call it once."""
+    fellowship = join_group(options.ranks, options.stage.device)
+    connect_ranks(options.stage.device)
+    return fellowship
+
+
+def load_leader(options: VaeOptions, fellowship: Fellowship) -> VaeEngine:
+    """The engine of rank 0, whose pictures are decoded by all ranks.
+
+    Raises:
+        CheckpointError: a file could not be loaded, here or on another rank.
+    """
+    channel = fellowship.channel
+
+    def spread(vae: VideoVae) -> PictureSource:
+        def pictures(latent_CFHW: torch.Tensor) -> Iterator[torch.Tensor]:
+            command = Command(_DECODE, {}, {"latent_CFHW": latent_CFHW})
+            return lead(channel, command, decode_striped(vae, latent_CFHW))
+
+        return pictures
+
+    return load_together(lambda: VaeEngine.load(options, spread), _WHAT, channel)
+
+
+def run_follower(options: VaeOptions, fellowship: Fellowship) -> None:
+    """Every rank but 0: decode stripes as rank 0 says, until it says stop.
+
+    Raises:
+        CheckpointError: a file could not be loaded, here or on another rank.
+        RuntimeError: rank 0 is gone, or a collective failed; the process should end.
+    """
+    channel = fellowship.channel
+    vae = load_together(lambda: load_decoding(options), _WHAT, channel)
+
+    def decode(command: Command) -> None:
+        latent_CFHW = command.tensors["latent_CFHW"]
+        assert latent_CFHW is not None
+        follow_steps(channel, decode_striped(vae, latent_CFHW.to(options.stage.device)))
+
+    follow(fellowship, {_DECODE: decode})

@@ -1,0 +1,69 @@
+"""Clips decoded in stripes by several gloo ranks are those of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.vae.checkpoint import assemble_video_vae
+from services.vae.model.video_layers import ReferenceOps
+from services.vae.model.video_vae import VideoVae
+from services.vae.parallel import RankStripe, connect_ranks, decode_striped, stripe_heights
+from tests.distributed.ranks import run_ranks
+from tests.unit.test_vae_decoder import random_network
+from tests.vae_checkpoint import SMALL_VIDEO_VAE
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5
+"""For pictures in [-1, 1] in float32: convolutions over fewer rows add up in another order, some 40 layers deep."""
+LATENT_FRAMES = 3
+
+
+def small_vae() -> VideoVae:
+    return assemble_video_vae(SMALL_VIDEO_VAE, random_network(), CPU, torch.float32, ReferenceOps())
+
+
+def latent(rows: int) -> torch.Tensor:
+    return torch.randn(48, LATENT_FRAMES, rows, 4, generator=torch.Generator().manual_seed(rows))
+
+
+def decode_on_ranks(rows: int) -> dict[str, torch.Tensor]:
+    """Levels as the service makes them, and this rank's rows of the pictures before they are rounded."""
+    vae = small_vae()
+    connect_ranks(CPU)
+    heights = stripe_heights(rows, torch.distributed.get_world_size())
+    levels = list(decode_striped(vae, latent(rows)))
+    if not heights[torch.distributed.get_rank()]:
+        return {"levels": torch.cat(levels), "steps": torch.tensor(len(levels))}
+    stripe = RankStripe(heights)
+    own = latent(rows).split(heights, dim=2)[torch.distributed.get_rank()]
+    pictures = [stripe.collect(part) for part in vae.decode(own, torch.float32, stripe)]
+    return {"levels": torch.cat(levels), "pictures": torch.cat(pictures), "steps": torch.tensor(len(levels))}
+
+
+@pytest.mark.parametrize(("world", "rows"), [(2, 4), (3, 8), (3, 2)])
+def test_ranks_decode_what_one_process_decodes(world: int, rows: int) -> None:
+    """Even stripes, uneven ones, and a rank more than there are rows."""
+    results = run_ranks(world, decode_on_ranks, rows)
+    vae = small_vae()
+    expected = torch.cat(list(vae.decode(latent(rows), torch.float32)))
+    assert expected.shape == (4 * LATENT_FRAMES - 3, 16 * rows, 64, 3) and expected.std() > 0.1
+    assert (results[0]["pictures"] - expected).abs().max() < TOLERANCE
+    levels = torch.cat(list(vae.decode(latent(rows), torch.uint8)))
+    difference = (results[0]["levels"].int() - levels.int()).abs()
+    assert difference.max() <= 1 and difference.count_nonzero() <= levels.numel() * 1e-3, "a level at a rounding edge"
+    assert {int(result["steps"]) for result in results} == {LATENT_FRAMES}, "all ranks take part in every step"
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "expected"),
+    [
+        (46, 1, (46,)),
+        (46, 8, (5, 5, 6, 6, 6, 6, 6, 6)),
+        (60, 8, (7, 7, 7, 7, 8, 8, 8, 8)),
+        (4, 3, (1, 1, 2)),
+        (2, 4, (1, 1, 0, 0)),
+    ],
+)
+def test_stripes_differ_by_one_row_at_most(rows: int, ranks: int, expected: tuple[int, ...]) -> None:
+    assert stripe_heights(rows, ranks) == expected
