@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from services.fusion.checkpoint import build, infer_config, layout
-from services.fusion.model.fusion import FusionModel
+from services.fusion.model.fusion import Branch, FusionModel
 from services.fusion.ops import Kernels, SelectedOps, select_ops
 from services.fusion.packing import pack_projections
 from services.fusion.parallel.parallelize import make_predictor
@@ -60,15 +60,14 @@ def model_comparisons(golden: Path, place: Place = CPU) -> Iterator[Comparison]:
         inputs = {key: file.tensors[f"{name}.{key}"].to(place.device) for key in names}
         text = model.encode_text(inputs["video_context"], inputs["audio_context"])
         _, frames, height, width = inputs["video_latent"].shape
-        outputs = model(
+        (outputs,) = model(
             inputs["video_latent"],
             inputs["audio_latent"],
             torch.tensor(case["timestep"], device=place.device),
-            text,
+            [Branch(text, case["slg_layer"])],
             model.rope_tables((frames, height, width), len(inputs["audio_latent"])).to(place.device),
             place.selected.ops,
             clean_first_frame=case["first_frame_is_clean"],
-            skip_layer=case["slg_layer"],
         )
         for output, ours in zip(("video_out", "audio_out"), outputs, strict=True):
             yield Comparison("fusion", name, output, max_abs_err(ours.cpu(), file.tensors[f"{name}.{output}"]))

@@ -20,6 +20,7 @@ from cli.checkpoints.values import Normal, ValuePool
 from cli.checkpoints.writers import layout_bytes, replacing, write_pth, write_safetensors
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import FusionFile
+from services.fusion.model.fusion import Branch
 from services.fusion.model.operations import Ops
 from services.text_encoder.engine import TextEngine
 from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
@@ -123,7 +124,7 @@ def test_a_clip_is_moving_texture_and_soft_noise(tiny_checkpoint: Path) -> None:
     sigmas = torch.linspace(1, 0, 9).tolist()
     for sigma, following in itertools.pairwise(sigmas):
         timestep = torch.tensor(1000 * sigma)
-        positive, other = (model(video, audio, timestep, text, rope, Ops.of(sdpa)) for text in texts)
+        positive, other = model(video, audio, timestep, [Branch(text) for text in texts], rope, Ops.of(sdpa))
         video = video + (following - sigma) * (other[0] + 4 * (positive[0] - other[0]))
         audio = audio + (following - sigma) * (other[1] + 3 * (positive[1] - other[1]))
     assert 0.5 < video.std() < 3

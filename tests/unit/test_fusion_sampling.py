@@ -49,9 +49,11 @@ class Recorder:
     def __call__(self, *arguments, **keywords):
         return self.predict(*arguments, **keywords)
 
-    def _forward(self, video, audio, timestep, text, rope, ops, **keywords):
-        self.calls.append((float(timestep), text, keywords, Latents(video, audio)))
-        return self._model(video, audio, timestep, text, rope, ops, **keywords)
+    def _forward(self, video, audio, timestep, branches, rope, ops, **keywords):
+        for branch in branches:
+            options = {**keywords, "skip_layer": branch.skip_layer}
+            self.calls.append((float(timestep), branch.text, options, Latents(video, audio)))
+        return self._model(video, audio, timestep, branches, rope, ops, **keywords)
 
 
 def predictor(model) -> Recorder:

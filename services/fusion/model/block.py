@@ -125,6 +125,22 @@ class TowerBlock(nn.Module):
         return x_TD
 
 
+class Half(NamedTuple):
+    """Both towers in the middle of a block: after their self-attention, before they meet the text."""
+
+    video_TD: torch.Tensor
+    video_normed_TD: torch.Tensor
+    """After the video tower's norm3."""
+    video_for_audio_TD: torch.Tensor
+    """After the audio tower's pre_attn_norm_fusion."""
+    video_modulation: Modulation
+    """Of the feed-forward."""
+    audio_SD: torch.Tensor
+    audio_normed_SD: torch.Tensor
+    audio_for_video_SD: torch.Tensor
+    audio_modulation: Modulation
+
+
 class FusedBlock(nn.Module):
     """Block i of both towers; the unit that is compiled, sharded or streamed from outside."""
 
@@ -144,10 +160,22 @@ class FusedBlock(nn.Module):
         together: Together,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(video tokens, audio tokens) -> the same, one block later; each tower sees the other's state before it."""
+        half = self.begin(video_TD, audio_SD, video_stream, audio_stream, together)
+        return self.finish(half, video_stream, audio_stream, video_text, audio_text, together)
+
+    def begin(
+        self,
+        video_TD: torch.Tensor,
+        audio_SD: torch.Tensor,
+        video_stream: Stream,
+        audio_stream: Stream,
+        together: Together,
+    ) -> Half:
+        """What comes before the text."""
         video, audio = self.video, self.audio
         video_mod1, video_mod2 = video.modulations(video_stream)
         audio_mod1, audio_mod2 = audio.modulations(audio_stream)
-        (video_TD, video_normed), (audio_SD, audio_normed) = together(
+        (video_TD, (video_normed_TD, for_audio_TD)), (audio_SD, (audio_normed_SD, for_video_SD)) = together(
             lambda: video.attend_self(
                 video_TD, video_mod1, video_stream, (video.norm3, audio.cross_attn.pre_attn_norm_fusion)
             ),
@@ -155,11 +183,44 @@ class FusedBlock(nn.Module):
                 audio_SD, audio_mod1, audio_stream, (audio.norm3, video.cross_attn.pre_attn_norm_fusion)
             ),
         )
+        return Half(
+            video_TD,
+            video_normed_TD,
+            for_audio_TD,
+            video_mod2,
+            audio_SD,
+            audio_normed_SD,
+            for_video_SD,
+            audio_mod2,
+        )
+
+    def finish(
+        self,
+        half: Half,
+        video_stream: Stream,
+        audio_stream: Stream,
+        video_text: TextKV,
+        audio_text: TextKV,
+        together: Together,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rest."""
         return together(
-            lambda: video.attend_others(
-                video_TD, video_normed[0], video_mod2, video_stream, video_text, audio_normed[1], audio_stream.rope
+            lambda: self.video.attend_others(
+                half.video_TD,
+                half.video_normed_TD,
+                half.video_modulation,
+                video_stream,
+                video_text,
+                half.audio_for_video_SD,
+                audio_stream.rope,
             ),
-            lambda: audio.attend_others(
-                audio_SD, audio_normed[0], audio_mod2, audio_stream, audio_text, video_normed[1], video_stream.rope
+            lambda: self.audio.attend_others(
+                half.audio_SD,
+                half.audio_normed_SD,
+                half.audio_modulation,
+                audio_stream,
+                audio_text,
+                half.video_for_audio_TD,
+                video_stream.rope,
             ),
         )

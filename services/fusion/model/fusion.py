@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from services.fusion.model.block import FusedBlock, Stream, TowerBlock
+from services.fusion.model.block import FusedBlock, Half, Stream, TowerBlock
 from services.fusion.model.config import PATCH_AREA, FusionConfig
 from services.fusion.model.layers import (
     Affine,
@@ -20,7 +19,7 @@ from services.fusion.model.layers import (
     sinusoid,
     video_rope,
 )
-from services.fusion.model.operations import Ops, TextKV, affine_norm
+from services.fusion.model.operations import Ops, TextKV, Together, affine_norm
 
 AUDIO_KERNEL = 7
 TEXT_STRIDE = 64
@@ -45,15 +44,6 @@ class RopeTables(NamedTuple):
         return RopeTables(*(Rope(table.rotation.to(device)) for table in self))
 
 
-class TimeRows(NamedTuple):
-    """Time rows of a step, float32: (R, D) for the heads, (R, 6, D) for the blocks."""
-
-    video_RD: torch.Tensor
-    video_R6D: torch.Tensor
-    audio_RD: torch.Tensor
-    audio_R6D: torch.Tensor
-
-
 BlockCall = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """One fused block, bound to all it needs besides the tokens: (video_TD, audio_SD) -> the same, one block later."""
 
@@ -68,6 +58,24 @@ def run_all(
     for block in blocks:
         video_TD, audio_SD = block(video_TD, audio_SD)
     return video_TD, audio_SD
+
+
+class Branch(NamedTuple):
+    """A pass over the latents of a step: with the prompt, or with the negative prompts."""
+
+    text: TextCache
+    skip_layer: int = 0
+    """Block left out (skip-layer guidance); 0 leaves none out."""
+    run_blocks: BlockLoop = run_all
+
+
+class TimeRows(NamedTuple):
+    """Time rows of a step, float32: (R, D) for the heads, (R, 6, D) for the blocks."""
+
+    video_RD: torch.Tensor
+    video_R6D: torch.Tensor
+    audio_RD: torch.Tensor
+    audio_R6D: torch.Tensor
 
 
 class Head(nn.Module):
@@ -193,6 +201,8 @@ class FusionModel(nn.Module):
         self.video_model = VideoTower(config)
         self.audio_model = AudioTower(config)
         pairs = zip(self.video_model.blocks, self.audio_model.blocks, strict=True)
+        self.shares_first_half = True
+        """Block 0 up to the text is computed once for all branches; off where weights are there only in `forward`."""
         self.fused_blocks: list[nn.Module] = [
             FusedBlock(cast("TowerBlock", video), cast("TowerBlock", audio)) for video, audio in pairs
         ]
@@ -213,43 +223,40 @@ class FusionModel(nn.Module):
         video_CFHW: torch.Tensor,
         audio_SC: torch.Tensor,
         timestep: torch.Tensor,
-        text: TextCache,
+        branches: Sequence[Branch],
         rope: RopeTables,
         ops: Ops,
         *,
         clean_first_frame: bool = False,
-        skip_layer: int = 0,
-        run_blocks: BlockLoop = run_all,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One prediction.
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """One prediction for each branch.
 
         Args:
             video_CFHW: noisy video latent; H and W even.
             audio_SC: noisy audio latent.
             timestep: scalar tensor, 0..1000, on the latents' device.
-            text: from `encode_text`.
+            branches: passes to make; what comes before the text is made once for all.
             rope: from `rope_tables`, on the latents' device.
             ops: implementations of the block's operations, see `Ops`.
             clean_first_frame: latent frame 0 is a given picture; its tokens have timestep 0.
-            skip_layer: block left out (skip-layer guidance); 0 leaves none out.
-            run_blocks: runs the other blocks.
 
         Returns:
             Velocities of the latents' shapes, float32.
         """
         per_frame = video_CFHW.shape[2] * video_CFHW.shape[3] // PATCH_AREA
-        video_TP, audio_out_SC = self.transform(
+        values = self.transform(
             self.video_model.embed(video_CFHW),
             self.audio_model.embed(audio_SC),
             self.time_rows(timestep, clean_first_frame=clean_first_frame),
             per_frame if clean_first_frame else 0,
-            text,
+            branches,
             rope,
             ops,
-            skip_layer=skip_layer,
-            run_blocks=run_blocks,
         )
-        return self.video_model.unpatch(video_TP, video_CFHW.shape).float(), audio_out_SC.float()
+        return [
+            (self.video_model.unpatch(video_TP, video_CFHW.shape).float(), audio_out_SC.float())
+            for video_TP, audio_out_SC in values
+        ]
 
     def time_rows(self, timestep: torch.Tensor, *, clean_first_frame: bool) -> TimeRows:
         """The modulation's time rows of a step; the video tower has two where its first frame is clean."""
@@ -263,42 +270,44 @@ class FusionModel(nn.Module):
         audio_SD: torch.Tensor,
         time: TimeRows,
         clean: int,
-        text: TextCache,
+        branches: Sequence[Branch],
         rope: RopeTables,
         ops: Ops,
-        *,
-        skip_layer: int,
-        run_blocks: BlockLoop = run_all,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks and heads: tokens to values (T, 4 C) and (S, C).
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Blocks and heads: tokens to values (T, 4 C) and (S, C) of each branch.
 
         Args:
             video_TD: video tokens, or a run of them if `ops` and `rope` are made for it.
             audio_SD: audio tokens.
             time: from `time_rows`.
             clean: how many of the first video tokens have timestep 0.
-            text: from `encode_text`.
+            branches: passes to make.
             rope: of these tokens.
             ops: implementations of the blocks' operations.
-            skip_layer: block left out; 0 leaves none out.
-            run_blocks: runs the other blocks.
         """
-        video_stream = Stream(time.video_R6D, clean, rope.video, ops.video)
-        audio_stream = Stream(time.audio_R6D, 0, rope.audio, ops.audio)
-        blocks = [
-            partial(
-                block,
-                video_stream=video_stream,
-                audio_stream=audio_stream,
-                video_text=text.video[index],
-                audio_text=text.audio[index],
-                together=ops.together,
-            )
-            for index, block in enumerate(self.fused_blocks)
-            if not index or index != skip_layer
-        ]
-        video_TD, audio_SD = run_blocks(blocks, video_TD, audio_SD)
-        return (
-            self.video_model.head(video_TD, time.video_RD, clean),
-            self.audio_model.head(audio_SD, time.audio_RD, 0),
-        )
+        streams = Stream(time.video_R6D, clean, rope.video, ops.video), Stream(time.audio_R6D, 0, rope.audio, ops.audio)
+        half: Half | None = None
+        if len(branches) > 1 and self.shares_first_half:
+            half = cast("FusedBlock", self.fused_blocks[0]).begin(video_TD, audio_SD, *streams, ops.together)
+        values = []
+        for branch in branches:
+            blocks = self._block_calls(branch, streams, ops.together, half)
+            video_out_TD, audio_out_SD = branch.run_blocks(blocks, video_TD, audio_SD)
+            video_values_TP = self.video_model.head(video_out_TD, time.video_RD, clean)
+            values.append((video_values_TP, self.audio_model.head(audio_out_SD, time.audio_RD, 0)))
+        return values
+
+    def _block_calls(
+        self, branch: Branch, streams: tuple[Stream, Stream], together: Together, half: Half | None
+    ) -> list[BlockCall]:
+        """The blocks of a branch; the first one goes on from `half` if that is there."""
+
+        def bind(index: int) -> BlockCall:
+            block = cast("FusedBlock", self.fused_blocks[index])
+            rest = (*streams, branch.text.video[index], branch.text.audio[index], together)
+            if index == 0 and half is not None:
+                return lambda _video_TD, _audio_SD: block.finish(half, *rest)
+            return lambda video_TD, audio_SD: block(video_TD, audio_SD, *rest)
+
+        skipped = branch.skip_layer
+        return [bind(index) for index in range(len(self.fused_blocks)) if not index or index != skipped]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from services.fusion.model.fusion import BlockLoop, TextCache
+from services.fusion.model.fusion import Branch
 from services.fusion.parallel.groups import Group
 from services.fusion.sampling.denoise import PLAIN, BranchLoops, Conditions, Forward, Latents, Predictor
 
@@ -17,18 +17,16 @@ def bind_split_guidance(forward: Forward, group: Group) -> Predictor:
         group: two ranks; index 0 computes the prompt's branch, index 1 the negative one.
     """
 
-    def branch(conditions: Conditions, loops: BranchLoops) -> tuple[TextCache, BlockLoop]:
+    def branch(conditions: Conditions, skip_layer: int, loops: BranchLoops) -> Branch:
         if group.index == 1 and conditions.negative is not None:
-            return conditions.negative, loops.negative
-        return conditions.prompt, loops.prompt
+            return Branch(conditions.negative, skip_layer, loops.negative)
+        return Branch(conditions.prompt, 0, loops.prompt)
 
     def predict(
         latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int, loops: BranchLoops = PLAIN
     ) -> tuple[Latents, Latents | None]:
         clean = conditions.first_frame_CHW is not None
-        skip = skip_layer if group.index == 1 and conditions.negative is not None else 0
-        text, run_blocks = branch(conditions, loops)
-        own = forward(latents, timestep, text, clean_first_frame=clean, skip_layer=skip, run_blocks=run_blocks)
+        (own,) = forward(latents, timestep, [branch(conditions, skip_layer, loops)], clean_first_frame=clean)
         if conditions.negative is None:
             return own, None
         flat = torch.cat([own.video_CFHW.flatten(), own.audio_SC.flatten()])

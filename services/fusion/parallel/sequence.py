@@ -7,13 +7,14 @@ need none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from services.fusion.model.config import PATCH_AREA
-from services.fusion.model.fusion import BlockLoop, FusionModel, RopeTables, TextCache, run_all
+from services.fusion.model.fusion import Branch, FusionModel, RopeTables
 from services.fusion.model.layers import Rope
 from services.fusion.model.operations import Ops, TowerOps
 from services.fusion.parallel.groups import Group
@@ -89,14 +90,12 @@ class SequenceParallelModel(nn.Module):
         video_CFHW: torch.Tensor,
         audio_SC: torch.Tensor,
         timestep: torch.Tensor,
-        text: TextCache,
+        branches: Sequence[Branch],
         rope: RopeTables,
         ops: Ops,
         *,
         clean_first_frame: bool = False,
-        skip_layer: int = 0,
-        run_blocks: BlockLoop = run_all,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See FusionModel.forward."""
         model, group = self.model, self._group
         _, frames, height, width = video_CFHW.shape
@@ -105,22 +104,21 @@ class SequenceParallelModel(nn.Module):
         start = sum(sizes[: group.index])
         own = slice(start, start + sizes[group.index])
         clean = per_frame if clean_first_frame else 0
-        attention = UlyssesAttention(ops.video, group, sizes)
-        video_TP, audio_values_SC = model.transform(
+        values = model.transform(
             model.video_model.embed(video_CFHW)[own],
             model.audio_model.embed(audio_SC),
             model.time_rows(timestep, clean_first_frame=clean_first_frame),
             min(max(clean - start, 0), sizes[group.index]),
-            text,
+            branches,
             RopeTables(Rope(rope.video.rotation[own]), rope.audio),
             ops._replace(
-                video=replace(ops.video, self_attention=attention),
+                video=replace(ops.video, self_attention=UlyssesAttention(ops.video, group, sizes)),
                 audio=replace(ops.audio, other_attention=SplitKeyAttention(group)),
             ),
-            skip_layer=skip_layer,
-            run_blocks=run_blocks,
         )
-        video_TP = group.gather_rows(video_TP, sizes)
-        # Every rank computed the audio; the first one's is everybody's, so that the ranks can never drift apart.
-        audio_values_SC = group.gather(audio_values_SC)[0]
-        return model.video_model.unpatch(video_TP, video_CFHW.shape).float(), audio_values_SC.float()
+        velocities = []
+        for video_TP, audio_out_SC in values:
+            video_CFHW_out = model.video_model.unpatch(group.gather_rows(video_TP, sizes), video_CFHW.shape)
+            # Every rank computed the audio; the first one's is everybody's, so that the ranks can never drift apart.
+            velocities.append((video_CFHW_out.float(), group.gather(audio_out_SC)[0].float()))
+        return velocities

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
-from services.fusion.model.fusion import BlockLoop, RopeTables, TextCache, run_all
+from services.fusion.model.fusion import BlockLoop, Branch, RopeTables, TextCache, run_all
 from services.fusion.model.operations import Ops
 from services.fusion.sampling.solvers import FlowSolver
 from services.fusion.sampling.step_cache import Agree, StepCache, alone
@@ -58,24 +58,17 @@ PLAIN = BranchLoops()
 
 
 class Forward(Protocol):
-    """One pass of the model for one shape."""
+    """The model for one shape."""
 
     def __call__(
-        self,
-        latents: Latents,
-        timestep: torch.Tensor,
-        text: TextCache,
-        *,
-        clean_first_frame: bool,
-        skip_layer: int,
-        run_blocks: BlockLoop = run_all,
-    ) -> Latents:
-        """Velocities of the latents' shapes, float32."""
+        self, latents: Latents, timestep: torch.Tensor, branches: Sequence[Branch], *, clean_first_frame: bool
+    ) -> list[Latents]:
+        """Velocities of each branch, of the latents' shapes, float32."""
         ...
 
 
 class Predictor(Protocol):
-    """The model for one shape: the velocities a step needs."""
+    """What a step asks of the model."""
 
     def __call__(
         self,
@@ -158,44 +151,26 @@ def bind_forward(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Forward:
     """A model as a Forward for one shape."""
 
     def forward(
-        latents: Latents,
-        timestep: torch.Tensor,
-        text: TextCache,
-        *,
-        clean_first_frame: bool,
-        skip_layer: int,
-        run_blocks: BlockLoop = run_all,
-    ) -> Latents:
-        return Latents(
-            *model(
-                latents.video_CFHW,
-                latents.audio_SC,
-                timestep,
-                text,
-                rope,
-                ops,
-                clean_first_frame=clean_first_frame,
-                skip_layer=skip_layer,
-                run_blocks=run_blocks,
-            )
-        )
+        latents: Latents, timestep: torch.Tensor, branches: Sequence[Branch], *, clean_first_frame: bool
+    ) -> list[Latents]:
+        tensors = (latents.video_CFHW, latents.audio_SC, timestep)
+        velocities = model(*tensors, branches, rope, ops, clean_first_frame=clean_first_frame)
+        return [Latents(*velocity) for velocity in velocities]
 
     return forward
 
 
 def bind_guidance(forward: Forward) -> Predictor:
-    """A Predictor that makes one pass after the other."""
+    """A Predictor that makes all passes here."""
 
     def predict(
         latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int, loops: BranchLoops = PLAIN
     ) -> tuple[Latents, Latents | None]:
+        branches = [Branch(conditions.prompt, 0, loops.prompt)]
+        if conditions.negative is not None:
+            branches.append(Branch(conditions.negative, skip_layer, loops.negative))
         clean = conditions.first_frame_CHW is not None
-        prompt, negative = conditions.prompt, conditions.negative
-        positive = forward(latents, timestep, prompt, clean_first_frame=clean, skip_layer=0, run_blocks=loops.prompt)
-        if negative is None:
-            return positive, None
-        return positive, forward(
-            latents, timestep, negative, clean_first_frame=clean, skip_layer=skip_layer, run_blocks=loops.negative
-        )
+        positive, *negative = forward(latents, timestep, branches, clean_first_frame=clean)
+        return positive, negative[0] if negative else None
 
     return predict
