@@ -93,6 +93,23 @@ class SafetensorsHeader:
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {error}; copy the file again") from None
 
+    def rows(self, wanted: Mapping[str, tuple[int, int]], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key, rows [start, stop) of its tensor) for every key wanted, moved to `device`; no others are read.
+
+        Raises:
+            CheckpointError: the values cannot be read.
+        """
+        try:
+            with safe_open(self.path, framework="pt", device=str(device)) as file:
+                for key, (start, stop) in wanted.items():
+                    dtype, shape = self.layout[key]
+                    if start < stop:
+                        yield key, file.get_slice(key)[start:stop]
+                    else:
+                        yield key, torch.empty(0, *shape[1:], dtype=dtype, device=device)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: {error}; copy the file again") from None
+
 
 def read_pth(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pth/.pt file, memory-mapped, read with weights_only.

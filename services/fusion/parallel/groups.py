@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from services.fusion.parallel.plan import ParallelPlan
 
@@ -39,10 +40,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """Both axes of a plan."""
+    """The axes of a plan."""
 
     guidance: Group
     sequence: Group
+    weights: DeviceMesh | None = None
+    """Ranks that share the weights, or (copies, ranks that share one); None if every rank holds all of them."""
 
 
 def make_groups(plan: ParallelPlan) -> Groups:
@@ -67,4 +70,15 @@ def make_groups(plan: ParallelPlan) -> Groups:
 
     sequence = [plan.sequence_ranks(first) for first in range(0, world, plan.sequence_degree)]
     guidance = [plan.guidance_ranks(first) for first in range(plan.sequence_degree)]
-    return Groups(guidance=mine(guidance), sequence=mine(sequence))
+    weights = None
+    if plan.weights_degree > 1:
+        device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        weights = _weights_mesh(plan, device_type)
+    return Groups(guidance=mine(guidance), sequence=mine(sequence), weights=weights)
+
+
+def _weights_mesh(plan: ParallelPlan, device_type: str) -> DeviceMesh:
+    copies = plan.world_size // plan.weights_degree
+    if copies == 1:
+        return init_device_mesh(device_type, (plan.weights_degree,), mesh_dim_names=("weights",))
+    return init_device_mesh(device_type, (copies, plan.weights_degree), mesh_dim_names=("copies", "weights"))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+PLAN_NAMES = ("auto", "single", "multi_2", "multi_4", "multi_8", "fsdp")
+"""What `--plan` can say; see ParallelPlan.named."""
+_RANKS_OF_NAME = {"single": 1, "multi_2": 2, "multi_4": 4, "multi_8": 8}
+_WORKING_BYTES = 6 << 30
+"""What a rank needs besides the weights: activations of the largest clip take 3.5 GiB on one GPU, the rest is spare."""
 
 
 @dataclass(frozen=True)
@@ -13,12 +20,16 @@ class ParallelPlan:
     """1: both passes on every rank, one after the other. 2: prompt and negative prompt on two groups of ranks."""
     sequence_degree: int
     """Ranks that share the video tokens of a pass."""
+    weights_degree: int = 1
+    """Neighbouring ranks that share one copy of the weights; 1: every rank holds all of them."""
 
     def __post_init__(self) -> None:
         if self.guidance_degree not in (1, 2):
             raise ValueError(f"guidance_degree must be 1 or 2, got {self.guidance_degree}")
         if self.sequence_degree < 1:
             raise ValueError(f"sequence_degree must be at least 1, got {self.sequence_degree}")
+        if self.weights_degree < 1 or self.world_size % self.weights_degree:
+            raise ValueError(f"weights_degree must divide the {self.world_size} ranks, got {self.weights_degree}")
 
     @classmethod
     def auto(cls, world_size: int, num_heads: int) -> ParallelPlan:
@@ -31,6 +42,33 @@ class ParallelPlan:
         plan = cls(guidance_degree, world_size // guidance_degree)
         plan.require_heads(num_heads)
         return plan
+
+    @classmethod
+    def named(cls, name: str, world_size: int, num_heads: int, num_hosts: int = 1) -> ParallelPlan:
+        """The plan of a name.
+
+        Args:
+            name: single, multi_2, multi_4 and multi_8 are `auto` for that many ranks; fsdp is `auto` with weights
+                shared by the ranks of a host, or by all if each host has but one.
+            world_size: ranks there are.
+            num_heads: of the model.
+            num_hosts: over which they are spread evenly; else weights are shared by all ranks.
+
+        Raises:
+            ValueError: unknown, or not for this number of ranks, or see `auto`.
+        """
+        if name not in PLAN_NAMES:
+            raise ValueError(f"no plan is called {name!r}; there are {', '.join(PLAN_NAMES)}")
+        wanted = _RANKS_OF_NAME.get(name, world_size)
+        if wanted != world_size:
+            raise ValueError(f"the plan {name} is for {wanted} ranks, there are {world_size}; auto takes any number")
+        plan = cls.auto(world_size, num_heads)
+        if name != "fsdp":
+            return plan
+        if world_size == 1:
+            raise ValueError("the plan fsdp shares the weights, which takes at least 2 ranks; there is 1")
+        per_host, uneven = divmod(world_size, num_hosts)
+        return replace(plan, weights_degree=world_size if uneven or per_host == 1 else per_host)
 
     @property
     def world_size(self) -> int:
@@ -54,7 +92,8 @@ class ParallelPlan:
         """In words, for logs and DescribeModel."""
         if self.world_size == 1:
             return "single"
-        return f"guidance {self.guidance_degree} x sequence {self.sequence_degree}"
+        shared = f", weights over {self.weights_degree}" if self.weights_degree > 1 else ""
+        return f"guidance {self.guidance_degree} x sequence {self.sequence_degree}{shared}"
 
     def guidance_index(self, rank: int) -> int:
         """Which branch a rank computes: 0 the prompt, 1 the negative prompt."""
@@ -68,6 +107,11 @@ class ParallelPlan:
     def guidance_ranks(self, rank: int) -> list[int]:
         """The ranks that hold the same video tokens in every branch."""
         return list(range(rank % self.sequence_degree, self.world_size, self.sequence_degree))
+
+
+def weights_fit(weight_bytes: int, weights_degree: int, device_bytes: int) -> bool:
+    """Whether a device of this much memory holds its part of the weights and has room to work."""
+    return weight_bytes // weights_degree + _WORKING_BYTES <= device_bytes
 
 
 def shard_sizes(length: int, degree: int) -> list[int]:
