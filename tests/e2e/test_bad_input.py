@@ -46,6 +46,7 @@ BAD_PARAMETERS: list[tuple[str, str, dict[str, Any]]] = [
     ("endless guidance", "audio_guidance_scale", {"options": options(audio_guidance_scale=math.inf)}),
     ("no shift", "flow_shift", {"options": options(flow_shift=0.0)}),
     ("block beyond the last", "slg_layer", {"options": options(slg_layer=4000)}),
+    ("step cache above all", "step_cache_threshold", {"options": options(step_cache_threshold=2.0)}),
     ("unknown solver", "solver", {"options": options(solver=99)}),
     ("negative seed", "seed", {"options": options(seed=-1)}),
     ("endless seed", "seed", {"options": options(seed=2**40)}),

@@ -34,11 +34,21 @@ class GatewayUnderTest:
         listening = next(entry for entry in self.service.log if entry["event"] == "http listening")
         return f"http://{listening['address']}"
 
-    def create(self, *, request_id: str = "", steps: int = 4, seed: int = 7, **parameters: object) -> pb.Job:
+    def create(
+        self,
+        *,
+        request_id: str = "",
+        steps: int = 4,
+        seed: int = 7,
+        step_cache_threshold: float | None = None,
+        **parameters: object,
+    ) -> pb.Job:
         """Create a job of a few steps."""
         wanted = pb.GenerationParameters(
             prompt=parameters.pop("prompt", "a lighthouse"),
-            options=generation_pb2.SamplingOptions(num_inference_steps=steps, seed=seed),
+            options=generation_pb2.SamplingOptions(
+                num_inference_steps=steps, seed=seed, step_cache_threshold=step_cache_threshold
+            ),
             **parameters,
         )
         return self.jobs.CreateJob(pb.CreateJobRequest(request_id=request_id, parameters=wanted), timeout=WAIT_S).job

@@ -223,7 +223,13 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
                 continue
             index += 1
             yield fusion_pb2.DenoiseResponse(
-                step=fusion_pb2.Step(index=index, total=total, sigma=1 - (index - 1) / total, seconds=0.01)
+                step=fusion_pb2.Step(
+                    index=index,
+                    total=total,
+                    sigma=1 - (index - 1) / total,
+                    seconds=0.01,
+                    reused=1 < index < total and call.request.options.step_cache_threshold > 0,
+                )
             )
         video, audio = (self.producer.publish(tensor) for tensor in latents_of(call.request.options.seed))
         yield fusion_pb2.DenoiseResponse(result=fusion_pb2.Result(video_latent=video, audio_latent=audio))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -101,13 +102,15 @@ def run(stub, request) -> tuple[list[pb.Step], pb.Result]:
     return [event.step for event in steps], last.result
 
 
-def reference(checkpoints, first_frame=None) -> tuple[torch.Tensor, torch.Tensor]:
+OPTIONS = SamplingOptions(num_inference_steps=3, slg_layer=1, seed=7)
+
+
+def reference(checkpoints, first_frame=None, options=OPTIONS) -> tuple[torch.Tensor, torch.Tensor]:
     """The same run without any service."""
     model = FusionFile.open(checkpoints / "Ovi" / "model.safetensors").load(torch.device("cpu"), torch.float32)
     with torch.inference_mode():
         conditions = Conditions(model.encode_text(rows(1), rows(1)), model.encode_text(rows(2), rows(3)), first_frame)
     predict = bind_guidance(bind_forward(model, model.rope_tables(VIDEO[1:], AUDIO[0]), Ops.of(sdpa)))
-    options = SamplingOptions(num_inference_steps=3, slg_layer=1, seed=7)
     *_, latents = denoise(predict, draw_noise(VIDEO, AUDIO, 7), conditions, options)
     return latents.video_CFHW, latents.audio_SC
 
@@ -143,6 +146,21 @@ def test_image_to_video_keeps_the_picture(stub, request_, resolver, producer, ch
     latent = resolver.fetch(result.video_latent, field="latent", max_bytes=1 << 28)
     assert torch.equal(latent[:, :1], picture)
     torch.testing.assert_close(latent, reference(checkpoints, picture[:, 0])[0], atol=1e-4, rtol=0)
+
+
+def test_step_cache_of_a_request(stub, request_, resolver, checkpoints) -> None:
+    request_.options.num_inference_steps, request_.options.step_cache_threshold = 6, 1
+    steps, result = run(stub, request_)
+    # The first block's output changes by 0.51, 0.86, 1.33 and 1.19 of its size here.
+    assert [step.reused for step in steps] == [False, True, True, False, False, False]
+    latent = resolver.fetch(result.video_latent, field="latent", max_bytes=1 << 28)
+    options = replace(OPTIONS, num_inference_steps=6, step_cache_threshold=1.0)
+    torch.testing.assert_close(latent, reference(checkpoints, options=options)[0], atol=1e-4, rtol=0)
+    request_.options.step_cache_threshold = 0
+    steps, result = run(stub, request_)
+    assert not any(step.reused for step in steps)
+    computed = resolver.fetch(result.video_latent, field="latent", max_bytes=1 << 28)
+    assert (computed - latent).norm() > 0.01 * computed.norm(), "it is lossy"
 
 
 def test_guidance_of_one_needs_no_negatives(stub, request_) -> None:
@@ -198,6 +216,9 @@ def change(path: str, value: object):
         (change("options.seed", -1), "options.seed"),
         (change("options.slg_layer", 3), "options.slg_layer"),
         (change("options.solver", 77), "options.solver"),
+        (change("options.step_cache_threshold", 1.01), "options.step_cache_threshold"),
+        (change("options.step_cache_threshold", -0.1), "options.step_cache_threshold"),
+        (change("options.step_cache_threshold", float("nan")), "options.step_cache_threshold"),
         (lambda r: r.ClearField("prompt"), "prompt"),
         (lambda r: r.ClearField("audio_negative"), "audio_negative"),
         (change("prompt.address", "192.0.2.7:1"), "prompt.address"),

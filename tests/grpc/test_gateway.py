@@ -100,6 +100,18 @@ def test_a_prompt_becomes_a_clip(gateway, stages, data_dir):
     assert len(stages.text_encoder.producer.store) == 0
 
 
+def test_reused_steps_are_told_by_the_job_and_by_the_clip(gateway, stages):
+    while not stages.fusion.calls.empty():
+        stages.fusion.calls.get()
+    job = gateway.create(steps=5, step_cache_threshold=0.25)
+    end = gateway.end_of(job.id)
+    assert stages.fusion.next_call().request.options.step_cache_threshold == 0.25
+    assert end.parameters.options.step_cache_threshold == 0.25 and end.video.steps_reused == 3
+    provenance = stages.vae.decodes[-1].provenance
+    assert provenance["steps_reused"] == "3"
+    assert json.loads(provenance["settings"])["step_cache_threshold"] == "0.25"
+
+
 def test_every_change_reaches_a_watcher_who_comes_late(gateway, by_hand):
     job = gateway.create(steps=3)
     call = by_hand.fusion.next_call()

@@ -42,6 +42,7 @@ def test_anything_else_is_no_size(text: str) -> None:
         (["--audio-guidance", "0.5"], "--audio-guidance (audio_guidance_scale): got 0.5"),
         (["--shift", "0"], "--shift (flow_shift): got 0.0"),
         (["--seed", "-1"], "--seed (seed): got -1, allowed is 0 to 4294967295"),
+        (["--step-cache", "1.1"], "--step-cache (step_cache_threshold): got 1.1, allowed is 0 (off) to 1"),
         (["--slg-layer", "-3"], "--slg-layer (slg_layer): got -3"),
         (["--size", "wide"], "--size: got 'wide'"),
         (["--image", "no-such-picture.png"], "--image: no-such-picture.png cannot be read"),

@@ -176,6 +176,9 @@ def test_time_rows_of_a_clean_frame_equal_a_token_by_token_reference(model) -> N
         ({"slg_layer": -1}, "slg_layer"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
+        ({"step_cache_threshold": -0.5}, "step_cache_threshold"),
+        ({"step_cache_threshold": 1.5}, "step_cache_threshold"),
+        ({"step_cache_threshold": float("nan")}, "step_cache_threshold"),
     ],
 )
 def test_limits_name_field_and_value(change, field) -> None:

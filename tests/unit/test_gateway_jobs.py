@@ -27,6 +27,7 @@ from services.gateway.jobs.domain import (
     VideoInfo,
     new_job_id,
 )
+from services.gateway.jobs.schema import jobs
 from services.gateway.jobs.store import JobStore
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.messages import job_to_proto
@@ -66,6 +67,18 @@ def test_job_survives_the_table(store):
     assert ended == store.get(job.id)
     assert ended.video == VIDEO and ended.stage_seconds == {"encode_prompt": 0.25} and ended.end_time_s == 110.5
     assert ended.progress.fraction == 1.0
+
+
+def test_a_job_written_without_a_step_cache_still_loads(store):
+    job = make(store)
+    ended = store.finish(job.id, Ending.completed(VIDEO), 1.0)
+    with store._engine.begin() as connection:
+        (row,) = connection.execute(sa.select(jobs).where(jobs.c.id == job.id)).mappings()
+        options = {key: value for key, value in row["parameters"]["options"].items() if key != "step_cache_threshold"}
+        video = {key: value for key, value in row["video"].items() if key != "steps_reused"}
+        change = sa.update(jobs).where(jobs.c.id == job.id)
+        connection.execute(change.values(parameters={**row["parameters"], "options": options}, video=video))
+    assert store.get(job.id) == ended
 
 
 def test_ids_are_fresh_sorted_by_time_and_fit_their_pattern():

@@ -68,12 +68,13 @@ def test_what_is_given_is_kept():
         solver=generation_pb2.SOLVER_EULER,
         slg_layer=0,
         seed=2**32 - 1,
+        step_cache_threshold=1.0,
     )
     wanted = check(
         request(model="960x960_10s", video_negative_prompt="", num_frames=241, height=704, width=1280, options=given),
         request_id="A-b_c.9",
     )
-    assert wanted.options == SamplingOptions(1, 1.0, 30.0, 0.5, Solver.EULER, 0, 2**32 - 1)
+    assert wanted.options == SamplingOptions(1, 1.0, 30.0, 0.5, Solver.EULER, 0, 2**32 - 1, 1.0)
     assert wanted.video_negative_prompt == "" and wanted.audio_negative_prompt == DEFAULT_AUDIO_NEGATIVE
     # 704x1280 scaled to 960 x 960 pixels is 711.9 x 1294.5: the same grid point.
     assert (wanted.height, wanted.width, wanted.num_frames) == (704, 1280, 241)
@@ -135,6 +136,8 @@ BAD = [
     (options(seed=-1), "parameters.options.seed", "got -1"),
     (options(seed=2**32), "parameters.options.seed", "0 to 4294967295"),
     (options(slg_layer=30), "parameters.options.slg_layer", "0 (off) to 29"),
+    (options(step_cache_threshold=1.5), "parameters.options.step_cache_threshold", "0 (off) to 1"),
+    (options(step_cache_threshold=math.nan), "parameters.options.step_cache_threshold", "got nan"),
     (options(solver=9), "parameters.options.solver", "SOLVER_UNIPC"),
 ]
 
@@ -156,7 +159,7 @@ def test_bad_request_id(request_id):
 
 def test_every_violation_is_found_at_once():
     together = pb.GenerationParameters()
-    for parameters, _, _ in (BAD[0], BAD[5], BAD[7], BAD[8], BAD[17], BAD[19], BAD[21], BAD[24], BAD[25], BAD[28]):
+    for parameters, _, _ in (BAD[0], BAD[5], BAD[7], BAD[8], BAD[17], BAD[19], BAD[21], BAD[24], BAD[25], BAD[30]):
         together.MergeFrom(parameters)
     together.prompt = ""
     with pytest.raises(InvalidRequest) as refused:
