@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ def measure_errors(config: VideoVaeConfig, device: torch.device, all_ops: list[O
     return {ops.name: ((decode(ops, torch.bfloat16) - expected).norm() / expected.norm()).item() for ops in all_ops}
 
 
-def measure(vae: VideoVae, clip: str, rates: Rates, repeats: int, *, mp4: bool) -> Row:
+def measure(vae: VideoVae, clip: str, rates: Rates, repeats: int) -> Row:
     """Decode a clip of random latents again and again."""
     latent_CFHW = torch.randn(vae.config.z_dim, *CLIPS[clip].video_shape, device=vae.mean_C111.device)
 
@@ -201,7 +201,7 @@ def measure(vae: VideoVae, clip: str, rates: Rates, repeats: int, *, mp4: bool) 
         clip=clip,
         first_s=first_s,
         seconds=seconds,
-        mp4_seconds=mp4_seconds(vae, latent_CFHW, CLIPS[clip].audio_length, repeats) if mp4 else None,
+        mp4_seconds=None,
         tflop=tflop,
         tflop_done=done,
         tflop_per_s=done / seconds,
@@ -212,16 +212,17 @@ def measure(vae: VideoVae, clip: str, rates: Rates, repeats: int, *, mp4: bool) 
     )
 
 
-def mp4_seconds(vae: VideoVae, latent_CFHW: torch.Tensor, audio_length: int, repeats: int) -> float:
+def mp4_seconds(vae: VideoVae, clip: str, repeats: int) -> float:
     """Median seconds to a finished mp4 with sound; frames are encoded while further ones are decoded."""
     from services.vae.engine import VaeEngine
 
-    device = latent_CFHW.device
+    device = vae.mean_C111.device
     audio_vae, vocoder = AudioVae(RELEASED_AUDIO_VAE), Vocoder(RELEASED_VOCODER)
     for network in (audio_vae, vocoder):
         network.to(device).requires_grad_(False)
     engine = VaeEngine(vae, audio_vae, vocoder, chunk_latent_frames=1, fingerprint="")
-    audio_SC = torch.randn(audio_length, 20)
+    latent_CFHW = torch.randn(vae.config.z_dim, *CLIPS[clip].video_shape)
+    audio_SC = torch.randn(CLIPS[clip].audio_length, 20)
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats + 1):
@@ -283,10 +284,13 @@ def main() -> None:
     rows = []
     for clip in args.clips.split(","):
         torch.cuda.empty_cache()
-        rows.append(measure(vae, clip, rates, args.repeats, mp4=args.mp4))
+        rows.append(measure(vae, clip, rates, args.repeats))
         out(f"{rows[-1]}\n")
         if args.profile and len(rows) == 1:
             out(profile(vae, clip))
+        if args.mp4:
+            rows[-1] = replace(rows[-1], mp4_seconds=mp4_seconds(vae, clip, args.repeats))
+            out(f"{clip}: {rows[-1].mp4_seconds:.3f} s to a finished mp4\n")
     if args.json:
         result = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

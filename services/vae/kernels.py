@@ -243,25 +243,20 @@ def _pixels_kernel(  # type: ignore[no-untyped-def]
     value = tl.zeros((tile_patches, tile_pixels), tl.float32)
     value += tl.load(bias_ptr + patch, mask=in_patch, other=0.0).to(tl.float32)[:, None]
     for tap in tl.static_range(time_taps * time_taps * time_taps):
-        seen_frame = frame + tap // (time_taps * time_taps) - (time_taps - 1)
-        seen_row = row + (tap // time_taps) % time_taps - 1
-        seen_column = column + tap % time_taps - 1
+        seen_frame = frame + tl.zeros_like(row) + (tap // (time_taps * time_taps) - (time_taps - 1))
+        seen_before = before_frames + seen_frame
+        seen_row = row + ((tap // time_taps) % time_taps - 1)
+        seen_column = column + (tap % time_taps - 1)
         seen = in_picture & (seen_column >= 0) & (seen_column < width)
         seen = seen & (seen_row >= -halo) & (seen_row < height + halo)
-        mask = in_patch[:, None] & seen[None, :]
         at = (seen_row + halo) * width + seen_column
-        plane = (tap * patches + patch).to(tl.int64)
-        now = plane * frames + seen_frame
-        value += tl.load(
-            taps_ptr + now[:, None] * frame_size + at[None, :], mask=mask & (seen_frame >= 0), other=0.0
-        ).to(tl.float32)
-        seen_before = before_frames + seen_frame
-        then = plane * before_frames + seen_before
-        value += tl.load(
-            before_ptr + then[:, None] * frame_size + at[None, :],
-            mask=mask & (seen_frame < 0) & (seen_before >= 0),
-            other=0.0,
-        ).to(tl.float32)
+        plane = (tap * patches + patch).to(tl.int64)[:, None]
+        now = (plane * frames + seen_frame[None, :]) * frame_size + at[None, :]
+        now_mask = in_patch[:, None] & (seen & (seen_frame >= 0))[None, :]
+        value += tl.load(taps_ptr + now, mask=now_mask, other=0.0).to(tl.float32)
+        then = (plane * before_frames + seen_before[None, :]) * frame_size + at[None, :]
+        then_mask = in_patch[:, None] & (seen & (seen_frame < 0) & (seen_before >= 0))[None, :]
+        value += tl.load(before_ptr + then, mask=then_mask, other=0.0).to(tl.float32)
     value = tl.minimum(tl.maximum(value, -1.0), 1.0)
     if as_levels:
         value = tl.floor((value + 1.0) * 127.5 + 0.5)

@@ -100,6 +100,16 @@ def test_frames_do_not_depend_on_the_chunk(folder: Path) -> None:
     assert np.array_equal(one, four)
 
 
+@pytest.mark.parametrize(("chunk", "lengths"), [(1, [1, 4, 4, 4, 4]), (2, [5, 8, 4]), (3, [9, 8]), (9, [17])])
+def test_steps_of_several_latent_frames_are_handed_over_by_the_chunk(
+    engine: VaeEngine, chunk: int, lengths: list[int]
+) -> None:
+    pictures = torch.arange(17)
+    chunks = list(engine._video_vae.regroup(pictures.split([1, 8, 8]), chunk))
+    assert [len(part) for part in chunks] == lengths
+    assert torch.equal(torch.cat(chunks), pictures)
+
+
 def test_spooled_bytes_are_the_frames(engine: VaeEngine) -> None:
     video, file = latent(48, 3, 2, 4), io.BytesIO()
     ends = list(engine.spool_video(video, file))
