@@ -283,8 +283,36 @@ def recovery_table(folder: Path) -> str:
     return table(head, rows) + sources(lines)
 
 
+def switches_table(folder: Path) -> str:
+    """What each technique gains."""
+    lines = newest(
+        read_lines(folder, "switches"),
+        lambda line: (line.device, clip_order(line.row["clip"]), _switch_order(line), line.row["technique"]),
+    )
+    head = ["technique", "clip", "s/step without it", "with all", "gain", "drift"]
+    rows = [
+        [
+            line.row["technique"],
+            line.row["clip"],
+            line.number("step_s"),
+            line.number("all_s"),
+            f"{1 - line.row['all_s'] / line.row['step_s']:.1%}",
+            f"{line.row['relative_error']:.2g}",
+        ]
+        for line in lines
+    ]
+    return table(head, rows) + sources(lines)
+
+
+def _switch_order(line: Line) -> float:
+    """Largest gain first, the sum of all last."""
+    everything = line.row["technique"].startswith("all")
+    return float("inf") if everything else line.row["all_s"] - line.row["step_s"]
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "fusion": fusion_table,
+    "switches": switches_table,
     "vae": vae_table,
     "stack": stack_table,
     "queue": queue_table,
