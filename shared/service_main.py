@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import Coroutine, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 
 from shared.errors import EXIT_BAD_CONFIG, CheckpointError
+from shared.group.ranks import Ranks, end_torchrun
 from shared.grpc_server import ListenConfig
 from shared.logging import configure_logging, get_logger
 from shared.tensors.transport import LOOPBACK_HOSTS
+
+log = get_logger(__name__)
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -112,17 +116,38 @@ def device_name(device: torch.device) -> str:
     return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
-def run_service(service: str, log_level: str, options: Any, main: Coroutine[Any, Any, None]) -> None:
+def run_service(
+    service: str, log_level: str, options: Any, main: Coroutine[Any, Any, None], ranks: Ranks | None = None
+) -> None:
     """Run a service's coroutine to its end; logs the resolved options first.
+
+    Args:
+        service: its name in the log.
+        log_level: the least level that is logged.
+        options: a dataclass.
+        main: what is run.
+        ranks: this process among those of its group, if the service can have one.
+
+    Raises:
+        SystemExit: see `refusing_bad_checkpoints`.
+    """
+    configure_logging(service, level=log_level)
+    log.info("starting", options={key: str(value) for key, value in asdict(options).items()})
+    with refusing_bad_checkpoints(ranks):
+        asyncio.run(main)
+
+
+@contextlib.contextmanager
+def refusing_bad_checkpoints(ranks: Ranks | None = None) -> Iterator[None]:
+    """Around a service's whole run. A group of several ranks is not started again: the file would be the same.
 
     Raises:
         SystemExit: EXIT_BAD_CONFIG with the reason in the log if a weight file does not fit.
     """
-    configure_logging(service, level=log_level)
-    log = get_logger(__name__)
-    log.info("starting", options={key: str(value) for key, value in asdict(options).items()})
     try:
-        asyncio.run(main)
+        yield
     except CheckpointError as error:
         log.error("cannot start", reason=error.message)
+        if ranks is not None and ranks.world_size > 1:
+            end_torchrun()
         raise SystemExit(EXIT_BAD_CONFIG) from None

@@ -19,7 +19,7 @@ from shared.group.ranks import Ranks, end_with_parent, rank_device
 from shared.group.steps import stop_followers
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging
-from shared.service_main import run_service, stage_options, stage_parser
+from shared.service_main import refusing_bad_checkpoints, run_service, stage_options, stage_parser
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import TensorResolver
@@ -83,9 +83,10 @@ def main() -> None:
         end_with_parent()
     if ranks.rank > 0:
         configure_logging("vae", level=args.log_level, rank=ranks.rank)
-        run_follower(options, join_decoders(options))
+        with refusing_bad_checkpoints(ranks):
+            run_follower(options, join_decoders(options))
     else:
-        run_service("vae", args.log_level, options, run(options))
+        run_service("vae", args.log_level, options, run(options), ranks)
 
 
 def _chunk_length(text: str) -> int:

@@ -10,7 +10,7 @@ from services.vae.config import VaeOptions
 from services.vae.engine import PictureSource, VaeEngine, load_decoding
 from services.vae.model.video_vae import VideoVae
 from services.vae.parallel import connect_ranks, decode_striped
-from shared.group.control import Command
+from shared.group.control import Command, ControlChannel
 from shared.group.ranks import Fellowship, join_group
 from shared.group.steps import follow, follow_steps, lead, load_together
 
@@ -32,15 +32,7 @@ def load_leader(options: VaeOptions, fellowship: Fellowship) -> VaeEngine:
         CheckpointError: a file could not be loaded, here or on another rank.
     """
     channel = fellowship.channel
-
-    def spread(vae: VideoVae) -> PictureSource:
-        def pictures(latent_CFHW: torch.Tensor) -> Iterator[torch.Tensor]:
-            command = Command(_DECODE, {}, {"latent_CFHW": latent_CFHW})
-            return lead(channel, command, decode_striped(vae, latent_CFHW))
-
-        return pictures
-
-    return load_together(lambda: VaeEngine.load(options, spread), _WHAT, channel)
+    return load_together(lambda: VaeEngine.load(options, lambda vae: led_pictures(vae, channel)), _WHAT, channel)
 
 
 def run_follower(options: VaeOptions, fellowship: Fellowship) -> None:
@@ -52,10 +44,20 @@ def run_follower(options: VaeOptions, fellowship: Fellowship) -> None:
     """
     channel = fellowship.channel
     vae = load_together(lambda: load_decoding(options), _WHAT, channel)
+    follow(fellowship, {_DECODE: lambda command: decode_as_told(vae, command, channel)})
 
-    def decode(command: Command) -> None:
-        latent_CFHW = command.tensors["latent_CFHW"]
-        assert latent_CFHW is not None
-        follow_steps(channel, decode_striped(vae, latent_CFHW.to(options.stage.device)))
 
-    follow(fellowship, {_DECODE: decode})
+def led_pictures(vae: VideoVae, channel: ControlChannel) -> PictureSource:
+    """On rank 0: pictures of which every rank decodes its rows."""
+
+    def pictures(latent_CFHW: torch.Tensor) -> Iterator[torch.Tensor]:
+        return lead(channel, Command(_DECODE, {}, {"latent_CFHW": latent_CFHW}), decode_striped(vae, latent_CFHW))
+
+    return pictures
+
+
+def decode_as_told(vae: VideoVae, command: Command, channel: ControlChannel) -> None:
+    """On the other ranks: this rank's rows of the latent in a command of rank 0."""
+    latent_CFHW = command.tensors["latent_CFHW"]
+    assert latent_CFHW is not None
+    follow_steps(channel, decode_striped(vae, latent_CFHW.to(vae.mean_C111.device)))

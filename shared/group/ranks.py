@@ -8,6 +8,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +25,10 @@ EXIT_GROUP_FAILED = 4
 """Exit status of a rank that cannot go on because of another one; torchrun starts the group again."""
 _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 """How long a rank waits for another inside a run before it gives up and ends; the longest step takes a few seconds."""
+_MEETING_TIMEOUT = timedelta(seconds=300)
+"""How long ranks wait for each other at the start."""
+_HELLO_AGAIN = timedelta(seconds=5)
+_HELLOS = "ovi/hellos"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -37,10 +43,10 @@ class Ranks:
     store_host: str
     """Where the ranks meet."""
     store_port: int
-    attempt: int
-    """How often torchrun has started the group again; addresses of earlier attempts are stale."""
     agent_serves_store: bool
     """True if torchrun itself serves the store, False if rank 0 has to."""
+    num_hosts: int = 1
+    """On which the ranks run, an agent of torchrun each."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Ranks:
@@ -51,8 +57,8 @@ class Ranks:
             world_size=int(environment.get("WORLD_SIZE", "1")),
             store_host=environment.get("MASTER_ADDR", "127.0.0.1"),
             store_port=int(environment.get("MASTER_PORT", "0")),
-            attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
             agent_serves_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            num_hosts=int(environment.get("GROUP_WORLD_SIZE", "1")),
         )
 
 
@@ -105,8 +111,8 @@ class Fellowship:
 def join_group(ranks: Ranks, device: torch.device) -> Fellowship:
     """Meet the other ranks, which all call it once; on the device's backend (NCCL on CUDA, else gloo)."""
     serves = ranks.rank == 0 and not ranks.agent_serves_store
-    tcp = TCPStore(ranks.store_host, ranks.store_port, ranks.world_size, is_master=serves)
-    store = PrefixStore(f"ovi/attempt_{ranks.attempt}", tcp)
+    tcp = TCPStore(ranks.store_host, ranks.store_port, ranks.world_size, is_master=serves, timeout=_MEETING_TIMEOUT)
+    store = PrefixStore(f"ovi/{_name_meeting(tcp, ranks)}", tcp)
     here = socket.gethostname()
     store.set(f"process/{ranks.rank}", f"{here} {os.getpid()}")
     # Rank 0 dies with any other, the others with rank 0, so that all of them end when one does.
@@ -132,9 +138,46 @@ def join_group(ranks: Ranks, device: torch.device) -> Fellowship:
     return Fellowship(ControlChannel(), watched)
 
 
+def _name_meeting(store: TCPStore, ranks: Ranks) -> str:
+    """A name that all ranks of this attempt agree on and that no earlier attempt had.
+
+    The store of torchrun outlives its attempts, and its count of restarts differs between hosts. So rank 0 makes the
+    name up and gives it to whoever says hello; a follower that got it says so, and rank 0 waits until all have. Hellos
+    of ranks that died are answered, too; nobody reads the answers.
+    """
+    own = uuid.uuid4().hex
+    if ranks.rank > 0:
+        deadline_s = time.monotonic() + _MEETING_TIMEOUT.total_seconds()
+        while True:
+            store.queue_push(_HELLOS, f"hello {own}")
+            try:
+                store.wait([f"ovi/answers/{own}"], _HELLO_AGAIN)
+                break
+            except dist.DistStoreError:
+                # What rank 0 of an earlier attempt took with it as it died is said again.
+                if time.monotonic() > deadline_s:
+                    raise
+        name = store.get(f"ovi/answers/{own}").decode()
+        store.queue_push(_HELLOS, f"here {name} {ranks.rank}")
+        return name
+    missing = set(range(1, ranks.world_size))
+    while missing:
+        word, *rest = store.queue_pop(_HELLOS).decode().split()
+        if word == "hello":
+            store.set(f"ovi/answers/{rest[0]}", own)
+        elif rest[0] == own:
+            missing.discard(int(rest[1]))
+    return own
+
+
 def end_with_parent() -> None:
     """Be killed when torchrun is, so that no rank outlives its group (Linux; elsewhere the lost connections end it)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def end_torchrun() -> None:
+    """Ask torchrun, which has started this rank, to end with all its ranks rather than to start them again."""
+    os.kill(os.getppid(), signal.SIGTERM)

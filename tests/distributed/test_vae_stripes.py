@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from services.vae.checkpoint import assemble_video_vae
+from services.vae.checkpoint import assemble_video_vae, load_audio_vae, load_vocoder
+from services.vae.engine import VaeEngine
+from services.vae.group import decode_as_told, led_pictures
 from services.vae.model.video_layers import ReferenceOps
 from services.vae.model.video_vae import VideoVae
 from services.vae.parallel import RankStripe, connect_ranks, decode_striped, stripe_heights
+from shared.errors import DiskFull
+from shared.group.control import ControlChannel
+from shared.variants import AUDIO_VAE_FILE, VOCODER_FILE
 from tests.distributed.ranks import run_ranks
 from tests.unit.test_vae_decoder import random_network
-from tests.vae_checkpoint import SMALL_VIDEO_VAE
+from tests.vae_checkpoint import SMALL_VIDEO_VAE, write_checkpoint
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -53,6 +60,33 @@ def test_ranks_decode_what_one_process_decodes(world: int, rows: int) -> None:
     difference = (results[0]["levels"].int() - levels.int()).abs()
     assert difference.max() <= 1 and difference.count_nonzero() <= levels.numel() * 1e-3, "a level at a rounding edge"
     assert {int(result["steps"]) for result in results} == {LATENT_FRAMES}, "all ranks take part in every step"
+
+
+def spool_on_ranks(folder: str) -> dict[str, torch.Tensor]:
+    """Rank 0 leads a decode that ends early, for a full disk, then one that does not."""
+    vae, channel = small_vae(), ControlChannel()
+    if torch.distributed.get_rank() > 0:
+        for _ in range(2):
+            decode_as_told(vae, channel.receive(), channel)
+        return {}
+    checkpoints = Path(folder)
+    engine = VaeEngine(
+        vae,
+        load_audio_vae(checkpoints / AUDIO_VAE_FILE, CPU),
+        load_vocoder(checkpoints / VOCODER_FILE, CPU),
+        chunk_latent_frames=1,
+        fingerprint="",
+        pictures=led_pictures(vae, channel),
+    )
+    with Path("/dev/full").open("wb") as full, pytest.raises(DiskFull):
+        list(engine.spool_video(latent(4), full))
+    return {"levels": torch.cat([torch.from_numpy(levels) for levels in engine.decode_video(latent(4))])}
+
+
+def test_a_decode_that_fails_at_rank_0_leaves_the_ranks_in_step(tmp_path: Path) -> None:
+    leader, _ = run_ranks(2, spool_on_ranks, str(write_checkpoint(tmp_path)))
+    expected = torch.cat(list(small_vae().decode(latent(4), torch.uint8)))
+    assert (leader["levels"].int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
