@@ -31,6 +31,10 @@ Gpus = Annotated[
     str,
     typer.Option(help="Of the fusion service: auto (all a plan can use), or a number; with --device cpu, of ranks."),
 ]
+VaeGpus = Annotated[
+    str,
+    typer.Option(help="Of the VAE service: auto (those of the fusion service, at most 8), or a number; see --gpus."),
+]
 Quantization = Annotated[
     str, typer.Option(help="Of the fusion service: none, or fp8: lossy, faster on Ada and Hopper, half the memory.")
 ]

@@ -14,7 +14,7 @@ from cli.errors import EXIT_FAILED, CommandFailed, errors_in_words
 from cli.interrupt import Interrupted, run_interruptible
 from cli.stack.checkpoints import choose_checkpoints
 from cli.stack.display import StackDisplay
-from cli.stack.gpus import choose_gpus
+from cli.stack.gpus import choose_gpus, choose_vae_gpus
 from cli.stack.plan import StackOptions, require_quantization
 from cli.stack.stack import Stack, locked_data_dir, running_stack
 from cli.stack.supervisor import ServiceFailed
@@ -36,6 +36,7 @@ def up(
     device: flags.Device = "auto",
     text_encoder_device: flags.TextEncoderDevice = "auto",
     gpus: flags.Gpus = "auto",
+    vae_gpus: flags.VaeGpus = "auto",
     quantization: flags.Quantization = "none",
 ) -> None:
     """Start the text encoder, fusion, VAE and gateway services, and keep them running.
@@ -55,6 +56,7 @@ def up(
             device,
             text_encoder_device,
             choose_gpus(gpus, device),
+            choose_vae_gpus(vae_gpus, device),
             require_quantization(quantization),
         )
         if host not in _LOOPBACK:

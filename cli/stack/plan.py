@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli.errors import UsageProblem
+from cli.stack.gpus import MAX_VAE_GPUS
 from cli.stack.ports import ReservedPort, connect_host, free_http_port, reserve_grpc_port
 
 STAGES = ("text_encoder", "fusion", "vae")
@@ -46,11 +47,20 @@ class StackOptions:
     """Of fusion and vae: auto, cpu, cuda, cuda:N."""
     text_encoder_device: str = "auto"
     gpus: int = 1
-    """GPUs of the fusion service, a rank each; the other services use the first."""
+    """GPUs of the fusion service, a rank each; the text encoder uses the first."""
+    vae_gpus: int | None = None
+    """GPUs of the VAE service, a rank each; None: those of the fusion service, at most MAX_VAE_GPUS, on a CPU 1."""
     quantization: str = "none"
     """Of the fusion service: one of QUANTIZATIONS."""
     grace_s: float = 10.0
     """Seconds that calls under way have to end when the stack stops."""
+
+    @property
+    def vae_ranks(self) -> int:
+        """Processes of the VAE service."""
+        if self.vae_gpus is not None:
+            return self.vae_gpus
+        return 1 if self.device == "cpu" else min(self.gpus, MAX_VAE_GPUS)
 
 
 @dataclass(frozen=True)
@@ -130,9 +140,8 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     device = options.text_encoder_device if name == "text_encoder" else options.device
     arguments = ["--checkpoints", str(options.checkpoints), "--host", _LOOPBACK, "--port", str(port)]
     arguments += ["--device", device, "--grace-s", str(options.grace_s)]
-    ranks = 1
+    ranks = {"fusion": options.gpus, "vae": options.vae_ranks}.get(name, 1)
     if name == "fusion":
-        ranks = options.gpus
         arguments += ["--quantization", options.quantization]
     return _service(options, name, f"{_LOOPBACK}:{port}", arguments, ranks)
 

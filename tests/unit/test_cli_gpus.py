@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cli.errors import UsageProblem
-from cli.stack.gpus import choose_gpus
+from cli.stack.gpus import choose_gpus, choose_vae_gpus
 from cli.stack.plan import StackOptions, plan_stack
 from services.fusion.model.config import RELEASED
 from services.fusion.parallel.plan import ParallelPlan
@@ -34,13 +34,35 @@ def test_one_named_device_cannot_be_several() -> None:
         choose_gpus("2", "cuda:1")
 
 
-@pytest.mark.parametrize("gpus", [1, 4])
-def test_only_fusion_is_started_by_torchrun(tmp_path, gpus) -> None:
-    plan = plan_stack(StackOptions(tmp_path, tmp_path, grpc_port=0, http_port=0, gpus=gpus))
+@pytest.mark.parametrize("number", range(1, 9))
+def test_the_vae_takes_any_number_up_to_8(number) -> None:
+    assert choose_vae_gpus(str(number), "cpu") == number
+
+
+@pytest.mark.parametrize("wanted", ["0", "9", "many"])
+def test_other_numbers_for_the_vae_are_refused(wanted) -> None:
+    with pytest.raises(UsageProblem, match=r"--vae-gpus: got .*1 to 8"):
+        choose_vae_gpus(wanted, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "vae_gpus", "device", "ranks"),
+    [
+        (1, None, "auto", {}),
+        (4, None, "auto", {"fusion": 4, "vae": 4}),
+        (16, None, "cuda", {"fusion": 16, "vae": 8}),
+        (4, 1, "cuda", {"fusion": 4}),
+        (1, 3, "cuda", {"vae": 3}),
+        (2, None, "cpu", {"fusion": 2}),
+    ],
+)
+def test_torchrun_starts_what_has_several_ranks(tmp_path, gpus, vae_gpus, device, ranks) -> None:
+    options = StackOptions(tmp_path, tmp_path, grpc_port=0, http_port=0, device=device, gpus=gpus, vae_gpus=vae_gpus)
+    plan = plan_stack(options)
     plan.close()
+    started = {}
     for service in (*plan.stages, plan.gateway):
-        several = service.name == "fusion" and gpus > 1
         assert service.command[:2] == (sys.executable, "-P")
-        assert ("torch.distributed.run" in service.command) == several
-        if several:
-            assert service.command[service.command.index("--nproc-per-node") + 1] == str(gpus)
+        if "torch.distributed.run" in service.command:
+            started[service.name] = int(service.command[service.command.index("--nproc-per-node") + 1])
+    assert started == ranks
