@@ -24,6 +24,34 @@ _PIXELS_TILE = 128
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _norm_silu(value, gamma, channels: tl.constexpr, min_norm: tl.constexpr):  # type: ignore[no-untyped-def]
+    length = tl.sqrt(tl.sum(value * value, axis=1))
+    normed = value * ((channels**0.5) / tl.maximum(length, min_norm))[:, None] * gamma
+    return normed * tl.sigmoid(normed)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _repeated(  # type: ignore[no-untyped-def]
+    cell_ptr,
+    taken,
+    in_picture,
+    channels: tl.constexpr,
+    spread: tl.constexpr,
+    tile_pixels: tl.constexpr,
+    tile_channels: tl.constexpr,
+):
+    """Of each output channel's `spread` neighbouring input channels the one `taken`; all are loaded in whole words."""
+    beside = tl.arange(0, tile_channels * spread)
+    mask = in_picture[:, None] & (beside < channels * spread)[None, :]
+    inputs = tl.load(cell_ptr[:, None] + beside[None, :], mask=mask, other=0.0).to(tl.float32)
+    if spread > 1:
+        choices = tl.reshape(inputs, (tile_pixels, tile_channels, spread))
+        mine = tl.arange(0, spread)[None, None, :] == taken[:, None, None]
+        inputs = tl.sum(tl.where(mine, choices, 0.0), axis=2)
+    return inputs
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _join_kernel(  # type: ignore[no-untyped-def]
     part0_ptr,
     part1_ptr,
@@ -90,9 +118,8 @@ def _join_kernel(  # type: ignore[no-untyped-def]
             else:
                 value = odd_value
         else:
-            phase_width = half_width + 1
-            phase_pixels = half_pixels + half_width + (num_pixels // width) // 2 + 1
-            cell = frame * phase_pixels + (row // 2 + below) * phase_width + column // 2 + right
+            cell = frame * (half_pixels + half_width + num_pixels // width // 2 + 1)
+            cell += (row // 2 + below) * (half_width + 1) + column // 2 + right
             phase = cell * (4 * channels) + (2 * below + right) * channels
             value = tl.load(part0_ptr + phase[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         if has_bias:
@@ -101,29 +128,24 @@ def _join_kernel(  # type: ignore[no-untyped-def]
             value += tl.load(shortcut_ptr + frame_at, mask=mask, other=0.0).to(tl.float32)
         if shortcut_kind == 2:
             copied = (frame + skipped_frames) // time_factor
-            copy = (frame + skipped_frames) % time_factor
-            source = (copied * half_pixels + (row // 2) * half_width + column // 2) * (channels * spread)
-            # `spread` channels lie side by side of which each output channel takes one, all of them in whole loads.
-            beside = tl.arange(0, tile_channels * spread)
-            beside_mask = (pixel < num_pixels)[:, None] & (beside < channels * spread)[None, :]
-            of_channels = tl.load(shortcut_ptr + source[:, None] + beside[None, :], mask=beside_mask, other=0.0)
-            if spread == 1:
-                value += of_channels.to(tl.float32)
-            else:
-                of_channels = tl.reshape(of_channels.to(tl.float32), (tile_pixels, tile_channels, spread))
-                taken = ((copy * 4 + 2 * below + right) * spread // (4 * time_factor))[:, None, None]
-                mine = tl.arange(0, spread)[None, None, :] == taken
-                value += tl.sum(tl.where(mine, of_channels, 0.0), axis=2)
+            inside = ((frame + skipped_frames) % time_factor) * 4 + 2 * below + right
+            cell = copied * half_pixels + (row // 2) * half_width + column // 2
+            value += _repeated(
+                shortcut_ptr + cell * (channels * spread),
+                inside * spread // (4 * time_factor),
+                pixel < num_pixels,
+                channels,
+                spread,
+                tile_pixels,
+                tile_channels,
+            )
         if keep_sum:
             tl.store(sum_ptr + sum_at, value.to(sum_ptr.dtype.element_ty), mask=mask)
             sum_at += sum_stride
         frame_at += frame_size
         if feed != 0:
             if has_norm:
-                length = tl.sqrt(tl.sum(value * value, axis=1))
-                scale = (channels**0.5) / tl.maximum(length, min_norm)
-                value = value * scale[:, None] * gamma
-                value = value * tl.sigmoid(value)
+                value = _norm_silu(value, gamma, channels, min_norm)
             if feed == 1:
                 tl.store(fed_ptr + fed_at, value.to(fed_ptr.dtype.element_ty), mask=mask)
                 fed_at += fed_stride
