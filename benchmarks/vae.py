@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +28,9 @@ from services.vae.model.video_layers import Ops, ReferenceOps
 from services.vae.model.video_vae import RELEASED_VIDEO_VAE, VideoVae, VideoVaeConfig, wan_network
 from services.vae.model.vocoder import Vocoder
 from services.vae.ops import FusedOps, Kernels, select_ops
+
+if TYPE_CHECKING:
+    from services.vae.engine import PictureSource
 
 
 @dataclass(frozen=True)
@@ -212,15 +215,18 @@ def measure(vae: VideoVae, clip: str, rates: Rates, repeats: int) -> Row:
     )
 
 
-def mp4_seconds(vae: VideoVae, clip: str, repeats: int) -> float:
-    """Median seconds to a finished mp4 with sound; frames are encoded while further ones are decoded."""
+def mp4_seconds(vae: VideoVae, clip: str, repeats: int, pictures: PictureSource | None = None) -> float:
+    """Median seconds to a finished mp4 with sound, of `repeats` after one that is not counted.
+
+    Frames are encoded while further ones are decoded, by `pictures` if not by `vae` alone.
+    """
     from services.vae.engine import VaeEngine
 
     device = vae.mean_C111.device
     audio_vae, vocoder = AudioVae(RELEASED_AUDIO_VAE), Vocoder(RELEASED_VOCODER)
     for network in (audio_vae, vocoder):
         network.to(device).requires_grad_(False)
-    engine = VaeEngine(vae, audio_vae, vocoder, chunk_latent_frames=1, fingerprint="")
+    engine = VaeEngine(vae, audio_vae, vocoder, chunk_latent_frames=1, fingerprint="", pictures=pictures)
     latent_CFHW = torch.randn(vae.config.z_dim, *CLIPS[clip].video_shape)
     audio_SC = torch.randn(CLIPS[clip].audio_length, 20)
     times = []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.vae import Clip, Rates
+from benchmarks.vae_ranks import Machine, measure
 from services.vae.checkpoint import assemble_video_vae, load_audio_vae, load_vocoder
 from services.vae.engine import VaeEngine
 from services.vae.group import decode_as_told, led_pictures
@@ -15,6 +19,7 @@ from services.vae.model.video_vae import VideoVae
 from services.vae.parallel import RankStripe, connect_ranks, decode_striped, stripe_heights
 from shared.errors import DiskFull
 from shared.group.control import ControlChannel
+from shared.group.ranks import Ranks
 from shared.variants import AUDIO_VAE_FILE, VOCODER_FILE
 from tests.distributed.ranks import run_ranks
 from tests.unit.test_vae_decoder import random_network
@@ -87,6 +92,19 @@ def test_a_decode_that_fails_at_rank_0_leaves_the_ranks_in_step(tmp_path: Path) 
     leader, _ = run_ranks(2, spool_on_ranks, str(write_checkpoint(tmp_path)))
     expected = torch.cat(list(small_vae().decode(latent(4), torch.uint8)))
     assert (leader["levels"].int() - expected.int()).abs().max() <= 1
+
+
+def measure_on_ranks() -> dict[str, torch.Tensor]:
+    machine = Machine(Ranks.from_environment(os.environ), CPU, ControlChannel(), Rates(1e-3, 1e-3))
+    row = measure(small_vae(), "small", Clip(2, 4, 2, 1), machine, 1, mp4=False)
+    return {name: torch.tensor(value) for name, value in asdict(row).items() if isinstance(value, int | float)}
+
+
+def test_the_benchmark_measures_ranks_against_one() -> None:
+    row, _ = run_ranks(2, measure_on_ranks)
+    assert row["ranks"] == 2 and row["seconds"] > 0 and row["alone_s"] > 0
+    assert row["efficiency"] == pytest.approx(row["alone_s"] / row["seconds"] / 2)
+    assert 0 < row["relative_error"] < TOLERANCE and row["largest_level_error"] <= 1
 
 
 @pytest.mark.parametrize(
