@@ -104,7 +104,9 @@ class SafetensorsHeader:
                 for key, (start, stop) in wanted.items():
                     dtype, shape = self.layout[key]
                     if start < stop:
-                        yield key, file.get_slice(key)[start:stop]
+                        rows = file.get_slice(key)[start:stop]
+                        # On the CPU they are a view of the map, which would keep all of it.
+                        yield key, rows.clone() if device.type == "cpu" else rows
                     else:
                         yield key, torch.empty(0, *shape[1:], dtype=dtype, device=device)
         except SafetensorError as error:

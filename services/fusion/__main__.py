@@ -7,22 +7,24 @@ import asyncio
 import os
 from dataclasses import replace
 
+import torch
+
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
+from services.fusion.checkpoint import largest_model_bytes
 from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
 from services.fusion.fp8 import Quantization
-from services.fusion.group import LeadingEngine, follow
+from services.fusion.group import LeadingEngine, follow, share_plan
 from services.fusion.model.config import RELEASED
 from services.fusion.ops import Execution, Kernels
-from services.fusion.parallel.groups import make_groups
-from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.parallel.plan import PLAN_NAMES, ParallelPlan, choose_plan
 from services.fusion.servicer import FusionServicer
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
 from shared.group.ranks import Ranks, end_with_parent, join_group, rank_device
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
-from shared.service_main import run_service, stage_options, stage_parser
+from shared.service_main import StageOptions, refusing_bad_checkpoints, run_service, stage_options, stage_parser
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import TensorResolver
@@ -68,7 +70,7 @@ def _make_engine(options: FusionOptions) -> FusionEngine:
     if options.ranks.world_size == 1:
         return FusionEngine(stage.checkpoints, stage.device, stage.precision, options.execution)
     fellowship = join_group(options.ranks, stage.device)
-    groups = make_groups(options.plan)
+    groups = share_plan(options.plan, fellowship.channel)
     return LeadingEngine(stage.checkpoints, stage.device, stage.precision, options.execution, groups, fellowship)
 
 
@@ -76,10 +78,32 @@ def run_follower(options: FusionOptions) -> None:
     """Every rank but 0: follow rank 0 until it says stop."""
     stage = options.stage
     fellowship = join_group(options.ranks, stage.device)
-    groups = make_groups(options.plan)
+    groups = share_plan(options.plan, fellowship.channel)
     engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.execution, groups)
     engine.discover()
     follow(engine, fellowship)
+
+
+def _choose_plan(name: str, stage: StageOptions, quantization: Quantization, ranks: Ranks) -> ParallelPlan:
+    lossless = quantization is Quantization.NONE
+    weight_bytes, device_bytes = 0, None
+    if stage.device.type == "cuda" and lossless:
+        weight_bytes = largest_model_bytes(stage.checkpoints, stage.precision)
+        device_bytes = torch.cuda.get_device_properties(stage.device).total_memory
+    plan = choose_plan(
+        name,
+        ranks.world_size,
+        RELEASED.num_heads,
+        ranks.num_hosts,
+        weight_bytes=weight_bytes,
+        device_bytes=device_bytes,
+    )
+    if plan.weights_degree > 1 and not lossless:
+        raise ValueError(f"the plan {name} shares weights as they are stored; it needs --quantization none")
+    get_logger(__name__).info(
+        "plan", name=name, plan=plan.describe(), weight_bytes=weight_bytes, gpu_bytes=device_bytes
+    )
+    return plan
 
 
 def main() -> None:
@@ -101,24 +125,32 @@ def main() -> None:
         default="none",
         help="fp8: lossy products of the wide layers, faster on Ada and Hopper (default: %(default)s)",
     )
+    parser.add_argument(
+        "--plan",
+        choices=PLAN_NAMES,
+        default="auto",
+        help="how the ranks share the work: auto chooses by their number, and shares the weights as fsdp does"
+        " where one GPU cannot hold them (default: %(default)s)",
+    )
     args = parser.parse_args()
     ranks = Ranks.from_environment(os.environ)
     configure_logging("fusion", level=args.log_level, rank=ranks.rank)
-    try:
-        plan = ParallelPlan.auto(ranks.world_size, RELEASED.num_heads)
-    except ValueError as error:
-        get_logger(__name__).error("cannot start", reason=str(error))
-        raise SystemExit(EXIT_BAD_CONFIG) from None
     stage = stage_options(args)
     stage = replace(stage, device=rank_device(stage.device, ranks))
     execution = Execution(Kernels(args.kernels), args.graphs, Quantization(args.quantization))
+    try:
+        plan = _choose_plan(args.plan, stage, execution.quantization, ranks)
+    except ValueError as error:
+        get_logger(__name__).error("cannot start", reason=str(error))
+        raise SystemExit(EXIT_BAD_CONFIG) from None
     options = FusionOptions(stage, args.model, execution, ranks, plan)
     if ranks.world_size > 1:
         end_with_parent()
     if ranks.rank > 0:
-        run_follower(options)
+        with refusing_bad_checkpoints(ranks):
+            run_follower(options)
     else:
-        run_service("fusion", args.log_level, options, run(options))
+        run_service("fusion", args.log_level, options, run(options), ranks)
 
 
 if __name__ == "__main__":

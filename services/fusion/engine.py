@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Execution, select_ops
 from services.fusion.packing import pack_projections
 from services.fusion.parallel.agreement import bind_agreement
+from services.fusion.parallel.fsdp import load_sharded
 from services.fusion.parallel.groups import Groups
 from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
@@ -64,6 +67,9 @@ class FusionEngine:
         self._loaded: tuple[str, FusionModel] | None = None
         self._bound: tuple[tuple[int, int, int, int], Predictor] | None = None
         self._execution = execution or Execution()
+        if groups is not None and groups.weights is not None:
+            # Recorded passes need weights that stay where they are.
+            self._execution = replace(self._execution, graphs=False)
         # cuDNN would otherwise run float32 convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = False
         self.ops = select_ops(device, dtype, self._execution.kernels)
@@ -133,16 +139,23 @@ class FusionEngine:
         if self._loaded and self._loaded[0] == model:
             return self._loaded[1]
         self._loaded = self._bound = None
+        gc.collect()  # a sharded model refers to itself
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         start = time.perf_counter()
-        network = self.served[model].file.load(self._device, self._dtype)
+        network = self._read(self.served[model].file)
+        self._loaded = (model, network)
+        log.info("model loaded", model=model, seconds=round(time.perf_counter() - start, 3))
+        return network
+
+    def _read(self, file: FusionFile) -> FusionModel:
+        if self._groups is not None and self._groups.weights is not None:
+            return load_sharded(file, self._groups.weights, self._device, self._dtype)
+        network = file.load(self._device, self._dtype)
         if self._execution.quantization is Quantization.FP8:
             quantize(network)
         if self.ops.fused:
             pack_projections(network)
-        self._loaded = (model, network)
-        log.info("model loaded", model=model, seconds=round(time.perf_counter() - start, 3))
         return network
 
     def warm_up(self, model: str) -> None:

@@ -12,11 +12,12 @@ import torch
 from services.fusion.engine import FusionEngine
 from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Execution
-from services.fusion.parallel.groups import Groups
+from services.fusion.parallel.groups import Groups, make_groups
+from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.request import RunInputs, RunSpec
 from services.fusion.sampling.denoise import Latents, StepDone
 from shared.errors import CheckpointError
-from shared.group.control import Command
+from shared.group.control import Command, ControlChannel
 from shared.group.ranks import Fellowship
 from shared.group.steps import follow as follow_commands
 from shared.group.steps import follow_steps, lead, load_together, stop_followers
@@ -25,7 +26,16 @@ from shared.sampling_options import SamplingOptions, Solver
 
 log = get_logger(__name__)
 
-_LOAD, _RUN = "load", "run"
+_PLAN, _LOAD, _RUN = "plan", "load", "run"
+
+
+def share_plan(plan: ParallelPlan, channel: ControlChannel) -> Groups:
+    """The groups of rank 0's plan, which counts on every rank, whatever the flags and the memory there are."""
+    if channel.rank == 0:
+        channel.send(Command(_PLAN, asdict(plan), {}))
+    else:
+        plan = ParallelPlan(**channel.receive().fields)
+    return make_groups(plan)
 
 
 class LeadingEngine(FusionEngine):

@@ -158,6 +158,7 @@ def test_a_rank_killed_in_a_step_brings_the_group_back(service, producer, victim
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(grpc.RpcError):
             list(call)
+    service.wait_serving()
     run(service, denoise_request(producer))
     after = {process.pid for process in ranks_of(service)}
     assert len(after) == RANKS and after.isdisjoint(before), "every rank is a new process"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-
 PLAN_NAMES = ("auto", "single", "multi_2", "multi_4", "multi_8", "fsdp")
 """What `--plan` can say; see ParallelPlan.named."""
 _RANKS_OF_NAME = {"single": 1, "multi_2": 2, "multi_4": 4, "multi_8": 8}
@@ -109,9 +108,26 @@ class ParallelPlan:
         return list(range(rank % self.sequence_degree, self.world_size, self.sequence_degree))
 
 
-def weights_fit(weight_bytes: int, weights_degree: int, device_bytes: int) -> bool:
-    """Whether a device of this much memory holds its part of the weights and has room to work."""
-    return weight_bytes // weights_degree + _WORKING_BYTES <= device_bytes
+def choose_plan(
+    name: str, world_size: int, num_heads: int, num_hosts: int, *, weight_bytes: int, device_bytes: int | None
+) -> ParallelPlan:
+    """The plan of a name, where `auto` means `fsdp` if a GPU lacks the memory for whole weights and room to work.
+
+    Args:
+        name: see ParallelPlan.named, as for the next two.
+        world_size: see there.
+        num_heads: see there.
+        num_hosts: see there.
+        weight_bytes: of the whole model.
+        device_bytes: memory of one GPU; None if it sets no limit.
+
+    Raises:
+        ValueError: see ParallelPlan.named.
+    """
+    fits = device_bytes is None or weight_bytes + _WORKING_BYTES <= device_bytes
+    if name == "auto" and world_size > 1 and not fits:
+        name = "fsdp"
+    return ParallelPlan.named(name, world_size, num_heads, num_hosts)
 
 
 def shard_sizes(length: int, degree: int) -> list[int]:
