@@ -35,6 +35,13 @@ VaeGpus = Annotated[
     str,
     typer.Option(help="Of the VAE service: auto (those of the fusion service, at most 8), or a number; see --gpus."),
 ]
+Plan = Annotated[
+    str,
+    typer.Option(
+        help="How the GPUs of the fusion service share the work: auto, single, multi_2, multi_4, multi_8, or fsdp: each"
+        " holds a part of the weights. auto chooses by their number and memory."
+    ),
+]
 Quantization = Annotated[
     str, typer.Option(help="Of the fusion service: none, or fp8: lossy, faster on Ada and Hopper, half the memory.")
 ]

@@ -23,7 +23,7 @@ from cli.errors import EXIT_INTERRUPTED, CommandFailed, UsageProblem, errors_in_
 from cli.interrupt import Interrupted, run_interruptible
 from cli.progress import job_view
 from cli.stack.display import StackDisplay
-from cli.stack.gpus import choose_gpus
+from cli.stack.gpus import choose_gpus, require_plan
 from cli.stack.plan import StackOptions
 from cli.stack.stack import live_stack, running_stack
 from cli.stack.supervisor import ServiceFailed
@@ -88,6 +88,8 @@ def generate(
     preset: flags.Preset = None,
     device: flags.Device = "auto",
     text_encoder_device: flags.TextEncoderDevice = "auto",
+    gpus: flags.Gpus = "auto",
+    plan: flags.Plan = "auto",
 ) -> None:
     """Make a clip. Without --server, uses the stack that runs on the data folder, or starts one for this clip alone.
 
@@ -104,7 +106,8 @@ def generate(
         if size is not None:
             parameters.width, parameters.height = parse_size(size)
         wanted = _Wanted(parameters, None if image is None else _read_picture(image), _writable(out))
-        started = StackRequest(data_dir.resolve(), checkpoints, preset, device, text_encoder_device)
+        folder = data_dir.resolve()
+        started = StackRequest(folder, checkpoints, preset, device, text_encoder_device, gpus, plan)
         try:
             run_interruptible(_generate(wanted, server, started, console))
         except Interrupted:
@@ -170,11 +173,14 @@ class StackRequest:
     preset: str | None
     device: str
     text_encoder_device: str
+    gpus: str
+    plan: str
 
     @property
     def is_particular(self) -> bool:
         """True if any flag asks for something a running stack may not be."""
-        return bool(self.checkpoints or self.preset or self.device != "auto" or self.text_encoder_device != "auto")
+        choices = (self.device, self.text_encoder_device, self.gpus, self.plan)
+        return bool(self.checkpoints or self.preset or any(choice != "auto" for choice in choices))
 
 
 @contextlib.asynccontextmanager
@@ -208,7 +214,8 @@ async def gateway_address(server: str | None, request: StackRequest, console: Co
         http_port=0,
         device=request.device,
         text_encoder_device=request.text_encoder_device,
-        gpus=choose_gpus("auto", request.device),
+        gpus=choose_gpus(request.gpus, request.device, require_plan(request.plan, "none")),
+        plan=request.plan,
         grace_s=_EMBEDDED_GRACE_S,
     )
     with StackDisplay(console, brief=True) as display:

@@ -14,7 +14,7 @@ from cli.errors import EXIT_FAILED, CommandFailed, errors_in_words
 from cli.interrupt import Interrupted, run_interruptible
 from cli.stack.checkpoints import choose_checkpoints
 from cli.stack.display import StackDisplay
-from cli.stack.gpus import choose_gpus, choose_vae_gpus
+from cli.stack.gpus import choose_gpus, choose_vae_gpus, require_plan
 from cli.stack.plan import StackOptions, require_quantization
 from cli.stack.stack import Stack, locked_data_dir, running_stack
 from cli.stack.supervisor import ServiceFailed
@@ -36,6 +36,7 @@ def up(
     device: flags.Device = "auto",
     text_encoder_device: flags.TextEncoderDevice = "auto",
     gpus: flags.Gpus = "auto",
+    plan: flags.Plan = "auto",
     vae_gpus: flags.VaeGpus = "auto",
     quantization: flags.Quantization = "none",
 ) -> None:
@@ -55,9 +56,10 @@ def up(
             http_port,
             device,
             text_encoder_device,
-            choose_gpus(gpus, device),
+            choose_gpus(gpus, device, require_plan(plan, quantization)),
             choose_vae_gpus(vae_gpus, device),
             require_quantization(quantization),
+            plan,
         )
         if host not in _LOOPBACK:
             console.print(f"--host {host}: whoever reaches it can use the service.", style="yellow", markup=False)
@@ -89,28 +91,27 @@ async def _serve(options: StackOptions, console: Console) -> None:
     with display:
         async with running_stack(options, display.notify) as stack:
             display.settle()
-            models = await _describe_models(stack)
-            _print_addresses(stack, models, console)
+            _print_addresses(stack, await _describe_fusion(stack), console)
             await asyncio.Event().wait()  # until a signal, or a failure of the stack, cancels it
 
 
-async def _describe_models(stack: Stack) -> list[fusion_pb2.Variant]:
+async def _describe_fusion(stack: Stack) -> fusion_pb2.DescribeModelResponse:
     fusion = next(spec for spec in stack.plan.stages if spec.name == "fusion")
     async with grpc.aio.insecure_channel(fusion.address) as channel:
         stub = fusion_pb2_grpc.FusionServiceStub(channel)
         try:
-            answer = await stub.DescribeModel(fusion_pb2.DescribeModelRequest(), timeout=_DESCRIBE_TIMEOUT_S)
+            return await stub.DescribeModel(fusion_pb2.DescribeModelRequest(), timeout=_DESCRIBE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from None
-    return list(answer.variants)
 
 
-def _print_addresses(stack: Stack, models: list[fusion_pb2.Variant], console: Console) -> None:
-    address = stack.plan.grpc_address
+def _print_addresses(stack: Stack, fusion: fusion_pb2.DescribeModelResponse, console: Console) -> None:
+    address, models = stack.plan.grpc_address, fusion.variants
     rows = {
         "gRPC": f"{address}  (with reflection)",
         "HTTP": stack.plan.http_url,
         "models": ", ".join(model.id for model in models if not model.problem),
+        "plan": f"{stack.plan.options.plan}: {fusion.plan}",
         "weights": str(stack.plan.options.checkpoints),
         "logs": str(stack.plan.gateway.log_path.parent),
         "try": f'ovi generate "a bell in the fog" --server {address}',

@@ -52,6 +52,8 @@ class StackOptions:
     """GPUs of the VAE service, a rank each; None: those of the fusion service, at most MAX_VAE_GPUS, on a CPU 1."""
     quantization: str = "none"
     """Of the fusion service: one of QUANTIZATIONS."""
+    plan: str = "auto"
+    """How the GPUs of the fusion service share the work: one of cli.stack.gpus.PLANS."""
     grace_s: float = 10.0
     """Seconds that calls under way have to end when the stack stops."""
 
@@ -142,7 +144,7 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     arguments += ["--device", device, "--grace-s", str(options.grace_s)]
     ranks = {"fusion": options.gpus, "vae": options.vae_ranks}.get(name, 1)
     if name == "fusion":
-        arguments += ["--quantization", options.quantization]
+        arguments += ["--quantization", options.quantization, "--plan", options.plan]
     return _service(options, name, f"{_LOOPBACK}:{port}", arguments, ranks)
 
 
