@@ -134,6 +134,10 @@ def test_refusals_cost_no_collective(service, producer) -> None:
 
 
 def test_a_file_damaged_after_the_start_is_refused_on_all_ranks(service, producer, checkpoints) -> None:
+    assert_damage_is_refused(service, producer, checkpoints)
+
+
+def assert_damage_is_refused(service, producer, checkpoints) -> None:
     run(service, denoise_request(producer, model=MODEL))
     path = checkpoints / "Ovi" / "model_960x960.safetensors"
     content = path.read_bytes()

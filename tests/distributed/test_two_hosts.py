@@ -22,6 +22,7 @@ from tests.distributed.test_group_service import (
     MODEL,
     TIMEOUT_S,
     TOLERANCE,
+    assert_damage_is_refused,
     checkpoints,
     denoise_request,
     producer,
@@ -77,13 +78,19 @@ def test_cancel_between_steps_leaves_every_rank_ready(hosts, producer) -> None:
     assert {process.pid for process in all_ranks(hosts).values()} == before, "no rank was restarted"
 
 
-@pytest.mark.parametrize("victims", ["1", "0", "1"])
-def test_a_rank_killed_in_a_step_brings_both_hosts_back(hosts, producer, victims) -> None:
+def test_a_file_damaged_after_the_start_is_refused_on_both_hosts(hosts, producer, checkpoints) -> None:
+    before = {process.pid for process in all_ranks(hosts).values()}
+    assert_damage_is_refused(hosts[0], producer, checkpoints)
+    assert {process.pid for process in all_ranks(hosts).values()} == before, "no rank was restarted"
+
+
+@pytest.mark.parametrize("victim", ["1", "0"])
+def test_a_rank_killed_in_a_step_brings_both_hosts_back(hosts, producer, victim) -> None:
     before = all_ranks(hosts)
     with hosts[0].channel() as channel:
         call = pb_grpc.FusionServiceStub(channel).Denoise(denoise_request(producer, steps=1000), timeout=TIMEOUT_S)
         next(call)
-        os.kill(before[victims].pid, signal.SIGKILL)
+        os.kill(before[victim].pid, signal.SIGKILL)
         with pytest.raises(grpc.RpcError):
             list(call)
     psutil.wait_procs(before.values(), timeout=TIMEOUT_S)

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from cli.errors import UsageProblem
-from cli.stack.gpus import choose_gpus, choose_vae_gpus
+from cli.stack.gpus import PLANS, choose_gpus, choose_vae_gpus, require_plan
 from cli.stack.plan import StackOptions, plan_stack
 from services.fusion.model.config import RELEASED
-from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.parallel.plan import PLAN_NAMES, ParallelPlan
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 6, 8, 12, 16, 24])
@@ -66,3 +66,49 @@ def test_torchrun_starts_what_has_several_ranks(tmp_path, gpus, vae_gpus, device
         if "torch.distributed.run" in service.command:
             started[service.name] = int(service.command[service.command.index("--nproc-per-node") + 1])
     assert started == ranks
+
+
+def test_the_command_knows_the_plans_of_the_service() -> None:
+    assert PLANS == PLAN_NAMES
+
+
+@pytest.mark.parametrize(
+    ("plan", "gpus", "number"),
+    [
+        ("single", "auto", 1),
+        ("multi_4", "auto", 4),
+        ("multi_8", "8", 8),
+        ("auto", "6", 6),
+        ("fsdp", "3", 3),
+    ],
+)
+def test_a_plan_says_how_many(tmp_path, plan, gpus, number) -> None:
+    assert choose_gpus(gpus, "cpu", plan) == number
+    stack = plan_stack(StackOptions(tmp_path, tmp_path, grpc_port=0, http_port=0, gpus=number, plan=plan))
+    stack.close()
+    (fusion,) = (service for service in stack.stages if service.name == "fusion")
+    assert fusion.command[fusion.command.index("--plan") + 1] == plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "gpus", "device", "says"),
+    [
+        ("multi_4", "2", "cpu", "--plan multi_4 is for 4 GPUs, got --gpus 2"),
+        ("single", "4", "cpu", "--plan single is for 1 GPUs, got --gpus 4"),
+        ("multi_2", "auto", "cuda:0", "--plan multi_2 2 needs --device auto or cuda"),
+        ("fsdp", "1", "cpu", "--plan fsdp shares the weights among at least 2 GPUs"),
+        ("fsdp", "auto", "cpu", "--plan fsdp shares the weights among at least 2 GPUs"),
+    ],
+)
+def test_contradictions_are_refused(plan, gpus, device, says) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        choose_gpus(gpus, device, plan)
+    assert says in str(caught.value)
+
+
+def test_plans_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(UsageProblem, match="--plan: got 'multi_3', allowed is one of auto, single"):
+        require_plan("multi_3", "none")
+    with pytest.raises(UsageProblem, match="--plan fsdp needs --quantization none, got fp8"):
+        require_plan("fsdp", "fp8")
+    assert require_plan("auto", "fp8") == "auto"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.fusion.checkpoint import CONFIG_KEY, FusionFile, layout
+from services.fusion.checkpoint import CONFIG_KEY, FusionFile, largest_model_bytes, layout
 from services.fusion.engine import FusionEngine
 from services.fusion.model.config import RELEASED
+from shared.checkpoints import SafetensorsHeader
 from shared.errors import CheckpointError, InvalidRequest
 from tests.fusion_checkpoint import SMALL, VIDEO_AREA, write_variant
 
@@ -35,6 +36,33 @@ def test_open_infers_every_width_and_loads_exactly(tmp_path) -> None:
         loaded = file.load(CPU, dtype).state_dict()
         assert loaded.keys() == stored.keys()
         assert all(torch.equal(loaded[key], stored[key].to(dtype)) for key in stored)
+
+
+def test_rows_are_those_of_the_tensor_and_nothing_more(tmp_path) -> None:
+    path = write_variant(tmp_path, "720x720_5s")
+    header, stored = SafetensorsHeader.read(path), load_file(path)
+    key, empty = "video_model.blocks.0.ffn.0.weight", "audio_model.head.modulation"
+    rows = dict(header.rows({key: (3, 10), empty: (1, 1)}, CPU))
+    assert torch.equal(rows[key], stored[key][3:10])
+    assert rows[key].untyped_storage().nbytes() == rows[key].nbytes, "no view of the whole file"
+    assert rows[empty].shape == (0, *stored[empty].shape[1:]) and rows[empty].dtype == stored[empty].dtype
+
+
+def test_rows_of_a_file_that_was_cut_are_refused(tmp_path) -> None:
+    path = write_variant(tmp_path, "720x720_5s")
+    header = SafetensorsHeader.read(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        dict(header.rows(dict.fromkeys(header.layout, (0, 1)), CPU))
+
+
+def test_the_largest_model_of_a_folder_is_counted(tmp_path) -> None:
+    assert largest_model_bytes(tmp_path, torch.bfloat16) == 0
+    path = write_variant(tmp_path, "720x720_5s")
+    write_variant(tmp_path, "960x960_5s").write_bytes(b"damaged")
+    expected = sum(tensor.nbytes for tensor in load_file(path).values())
+    assert largest_model_bytes(tmp_path, torch.bfloat16) == expected
+    assert largest_model_bytes(tmp_path, torch.float32) == 2 * expected
 
 
 def test_fp8_weights_have_the_same_keys_and_their_own_values(tmp_path) -> None:

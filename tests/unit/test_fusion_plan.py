@@ -1,0 +1,75 @@
+"""Plans by name, by number of ranks and hosts, and by memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.fusion.parallel.plan import PLAN_NAMES, ParallelPlan, choose_plan
+
+GIB = 1 << 30
+RELEASED_BYTES = 23_300_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "hosts", "degrees"),
+    [
+        ("auto", 1, 1, (1, 1, 1)),
+        ("auto", 2, 1, (2, 1, 1)),
+        ("auto", 8, 1, (2, 4, 1)),
+        ("auto", 3, 1, (1, 3, 1)),
+        ("single", 1, 1, (1, 1, 1)),
+        ("multi_2", 2, 1, (2, 1, 1)),
+        ("multi_4", 4, 1, (2, 2, 1)),
+        ("multi_8", 8, 2, (2, 4, 1)),
+        ("fsdp", 4, 1, (2, 2, 4)),
+        ("fsdp", 3, 1, (1, 3, 3)),
+        ("fsdp", 16, 2, (2, 8, 8)),
+        ("fsdp", 2, 2, (2, 1, 2)),
+        ("fsdp", 8, 3, (2, 4, 8)),
+    ],
+)
+def test_named(name, ranks, hosts, degrees) -> None:
+    plan = ParallelPlan.named(name, ranks, 24, hosts)
+    assert (plan.guidance_degree, plan.sequence_degree, plan.weights_degree) == degrees
+    assert plan.world_size == ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "says"),
+    [
+        ("multi_3", 3, f"no plan is called 'multi_3'; there are {', '.join(PLAN_NAMES)}"),
+        ("multi_4", 2, "the plan multi_4 is for 4 ranks, there are 2; auto takes any number"),
+        ("single", 2, "the plan single is for 1 ranks, there are 2"),
+        ("fsdp", 1, "at least 2 ranks"),
+        ("fsdp", 10, "24 heads can be shared 1, 2, 3, 4, 6, 8, 12, 24 ways"),
+    ],
+)
+def test_refused_with_what_is_legal(name, ranks, says) -> None:
+    with pytest.raises(ValueError) as caught:
+        ParallelPlan.named(name, ranks, 24)
+    assert says in str(caught.value)
+
+
+def test_weights_are_shared_by_all_ranks_or_by_equal_groups() -> None:
+    with pytest.raises(ValueError, match="weights_degree must divide the 4 ranks, got 3"):
+        ParallelPlan(2, 2, 3)
+    assert ParallelPlan(2, 2, 2).describe() == "guidance 2 x sequence 2, weights over 2"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "gpu_gib", "weights_degree"),
+    [
+        ("auto", 4, 80, 1),
+        ("auto", 4, 24, 4),
+        ("auto", 2, 28, 1),
+        ("auto", 2, 27, 2),
+        ("auto", 4, None, 1),
+        ("auto", 1, 24, 1),
+        ("multi_4", 4, 24, 1),
+        ("fsdp", 4, 80, 4),
+    ],
+)
+def test_auto_shares_weights_where_one_gpu_cannot_hold_them(name, ranks, gpu_gib, weights_degree) -> None:
+    device_bytes = None if gpu_gib is None else gpu_gib * GIB
+    plan = choose_plan(name, ranks, 24, 1, weight_bytes=RELEASED_BYTES, device_bytes=device_bytes)
+    assert plan.weights_degree == weights_degree
