@@ -4,8 +4,8 @@
 `torchrun --standalone --nproc-per-node N -m benchmarks.fusion [--plans auto,1xN] ...`
 `... --device cpu --preset tiny` runs the same anywhere.
 
-A plan is GUIDANCExSEQUENCE, `auto` the one the service chooses, 1x1 every rank by itself. On several ranks every plan
-is compared with rank 0 alone, on the same machine in the same run.
+A plan is GUIDANCExSEQUENCE, `auto` the one the service chooses, 1x1 every rank by itself; with `fsdp:` before it, all
+ranks share the weights. On several ranks every plan is compared with rank 0 alone, on the same machine in the same run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.collectives import CollectiveTimes, costliest, profile_collectives
 from benchmarks.common import (
@@ -43,10 +44,12 @@ from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import FusionModel, RopeTables
 from services.fusion.ops import Execution, Kernels, SelectedOps, select_ops
 from services.fusion.packing import pack_projections
+from services.fusion.parallel.fsdp import own_rows, sharded_on_meta, whole_of
 from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.sampling.denoise import Conditions, Latents, Predictor, draw_noise
+from shared.checkpoints import assign_weights
 from shared.group.ranks import Ranks, join_group, rank_device
 
 __all__ = ["CLIPS", "Clip", "count_flop", "measure_rates", "median_seconds", "random_model"]
@@ -137,8 +140,23 @@ class Subject:
 def bind(subject: Subject, machine: Machine, plan: ParallelPlan) -> Predictor:
     """The service's predictor of a plan; a collective if it has several ranks."""
     groups = make_groups(plan) if plan != ALONE else None
+    if groups is not None and groups.weights is not None:
+        model = sharded_copy(subject.model, groups.weights)
+        return make_predictor(model, subject.rope, machine.selected.ops, groups, graphs=False)
     graphs = machine.execution.graphs and machine.device.type == "cuda"
     return make_predictor(subject.model, subject.rope, machine.selected.ops, groups, graphs=graphs)
+
+
+def sharded_copy(model: FusionModel, mesh: DeviceMesh) -> FusionModel:
+    """The model with this rank's rows of the weights."""
+    weights = model.state_dict()
+    copy = sharded_on_meta(model.config, mesh, next(model.parameters()).dtype)
+    parts = {
+        key: whole_of(weights[key][slice(*own_rows(parameter))].clone(), parameter)
+        for key, parameter in copy.state_dict().items()
+    }
+    assign_weights(copy, parts)
+    return copy
 
 
 @dataclass(frozen=True)
@@ -171,6 +189,9 @@ def run_steps(subject: Subject, machine: Machine, plan: ParallelPlan, repeats: i
         seconds.append(time.perf_counter() - begin_s)
     times, second_step_s = Times.of(seconds[1 + WARM_UP :]), seconds[0]
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    if peak_gib is not None and plan.weights_degree > 1:
+        # The whole model is there for the comparison alone.
+        peak_gib -= sum(value.nbytes for value in subject.model.state_dict().values()) / 2**30
     collectives = profile_collectives(lambda: subject.step(predict)) if cuda and plan != ALONE else None
     return Steps(times, first_step_s, second_step_s, predictions, peak_gib, collectives)
 
@@ -266,7 +287,11 @@ def parse_plans(text: str, world_size: int, num_heads: int) -> list[ParallelPlan
     """
     plans = []
     for word in text.split(","):
-        plan = ParallelPlan.auto(world_size, num_heads) if word == "auto" else ParallelPlan(*map(int, word.split("x")))
+        degrees = word.removeprefix("fsdp:")
+        plan = (
+            ParallelPlan.auto(world_size, num_heads) if word == "auto" else ParallelPlan(*map(int, degrees.split("x")))
+        )
+        plan = replace(plan, weights_degree=plan.world_size if degrees != word else 1)
         plan.require_heads(num_heads)
         if plan.world_size not in (1, world_size):
             raise ValueError(f"--plans: {word} needs {plan.world_size} ranks, there are {world_size}")
