@@ -132,7 +132,8 @@ def _devices() -> Iterator[Finding]:
         capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
         state = f"{torch.cuda.get_device_name(index)}, {_gib(free)} of {_gib(total)} free, capability {capability}"
         enough = free >= _MIN_GPU_BYTES
-        advice = "" if enough else f"the release takes about {_gib(_MIN_GPU_BYTES)} on one GPU"
+        shared = "; several GPUs can share the weights, see --plan fsdp" if torch.cuda.device_count() > 1 else ""
+        advice = "" if enough else f"the release takes about {_gib(_MIN_GPU_BYTES)} on one GPU{shared}"
         yield Finding(f"cuda:{index}", Verdict.GOOD if enough else Verdict.NOTE, state, advice)
 
 
