@@ -115,7 +115,7 @@ class Bench:
     def predictor(self, ops: Ops | None = None, groups: Groups | None = None) -> Predictor:
         """The service's, with other operations or spread over ranks."""
         model, rope = self.subject.model, self.subject.rope
-        return make_predictor(model, rope, ops or self.selected.ops, groups, graphs=self.device.type == "cuda")
+        return make_predictor(model, rope, ops or self.selected.ops, groups)
 
     def agreement(self, variant: Variant) -> Agree:
         """Of the ranks that share a variant's run."""

@@ -142,8 +142,8 @@ def bind(subject: Subject, machine: Machine, plan: ParallelPlan) -> Predictor:
     groups = make_groups(plan) if plan != ALONE else None
     if groups is not None and groups.weights is not None:
         model = sharded_copy(subject.model, groups.weights)
-        return make_predictor(model, subject.rope, machine.selected.ops, groups, graphs=False)
-    graphs = machine.execution.graphs and machine.device.type == "cuda"
+        return make_predictor(model, subject.rope, machine.selected.ops, groups)
+    graphs = machine.execution.graphs
     return make_predictor(subject.model, subject.rope, machine.selected.ops, groups, graphs=graphs)
 
 
@@ -275,7 +275,7 @@ def variant_of(execution: Execution) -> str:
     default = Execution()
     words = [execution.quantization.value] if execution.quantization is not default.quantization else []
     words += [execution.kernels.value] if execution.kernels is not default.kernels else []
-    words += ["no graphs"] if execution.graphs is not default.graphs else []
+    words += ["graphs" if execution.graphs else "no graphs"] if execution.graphs is not default.graphs else []
     return " ".join(words)
 
 
@@ -312,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--clips", default=",".join(CLIPS))
     add("--plans", default="auto")
     add("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
-    add("--graphs", action=argparse.BooleanOptionalAction, default=True, help="record passes as CUDA graphs")
+    add("--graphs", action=argparse.BooleanOptionalAction, help="record steps as CUDA graphs (default: as the service)")
     add("--quantization", choices=[quantization.value for quantization in Quantization], default="none")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--preset", choices=["full", "tiny"], default="full")

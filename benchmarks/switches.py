@@ -33,7 +33,6 @@ class Ways:
     """How a step is made."""
 
     ops: Ops
-    graphs: bool
     shares_first_half: bool = True
 
     def without(self, **changes: object) -> Ways:
@@ -56,7 +55,6 @@ SWITCHES: dict[str, Switch] = {
         ways, ops=ways.ops._replace(together=operations.in_turn)
     ),
     "first self-attention shared by both passes": lambda ways: replace(ways, shares_first_half=False),
-    "steps recorded as graphs": lambda ways: replace(ways, graphs=False),
 }
 
 
@@ -74,9 +72,9 @@ class Row:
 
 
 def step_times(subject: Subject, ways: Ways, repeats: int) -> tuple[Times, tuple[Latents, Latents | None]]:
-    """Wall times of steps after warm-up and recording, and the predictions."""
+    """Wall times of steps after warm-up, and the predictions."""
     subject.model.shares_first_half = ways.shares_first_half
-    predict = make_predictor(subject.model, subject.rope, ways.ops, None, graphs=ways.graphs)
+    predict = make_predictor(subject.model, subject.rope, ways.ops, None)
     seconds = []
     for _ in range(WARM_UP + repeats):
         begin_s = time.perf_counter()
@@ -89,7 +87,7 @@ def plain(ways: Ways) -> Ways:
     """Every technique off; the attention kernel stays."""
     attention = ways.ops.audio.self_attention
     tower = TowerOps(attention, attention, attention)
-    return Ways(Ops(tower, tower), graphs=False, shares_first_half=False)
+    return Ways(Ops(tower, tower), shares_first_half=False)
 
 
 @torch.inference_mode()
@@ -113,7 +111,7 @@ def main() -> None:
     rows = []
     for name in args.clips.split(","):
         subject = Subject.make(model, chosen.clips[name], device)
-        everything = Ways(selected.ops, graphs=cuda)
+        everything = Ways(selected.ops)
         times, expected = step_times(subject, everything, args.repeats)
         for technique, switch in {**SWITCHES, "all of these": plain}.items():
             without, predictions = step_times(subject, switch(everything), args.repeats)

@@ -117,7 +117,10 @@ def main() -> None:
         help="auto: fused where they can run (default: %(default)s)",
     )
     parser.add_argument(
-        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="record passes as CUDA graphs"
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="record steps as CUDA graphs (default: where several ranks share a pass)",
     )
     parser.add_argument(
         "--quantization",
@@ -140,10 +143,10 @@ def main() -> None:
     execution = Execution(Kernels(args.kernels), args.graphs, Quantization(args.quantization))
     try:
         plan = _choose_plan(args.plan, stage, execution.quantization, ranks)
+        options = FusionOptions(stage, args.model, execution, ranks, plan)
     except ValueError as error:
         get_logger(__name__).error("cannot start", reason=str(error))
         raise SystemExit(EXIT_BAD_CONFIG) from None
-    options = FusionOptions(stage, args.model, execution, ranks, plan)
     if ranks.world_size > 1:
         end_with_parent()
     if ranks.rank > 0:

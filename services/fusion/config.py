@@ -23,3 +23,7 @@ class FusionOptions:
     """This process among those of the service."""
     plan: ParallelPlan
     """What the ranks share."""
+
+    def __post_init__(self) -> None:
+        if self.execution.graphs and (self.stage.device.type != "cuda" or self.plan.weights_degree > 1):
+            raise ValueError("--graphs needs CUDA and a plan in which every GPU holds all weights; leave it out")

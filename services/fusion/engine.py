@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,9 +66,6 @@ class FusionEngine:
         self._loaded: tuple[str, FusionModel] | None = None
         self._bound: tuple[tuple[int, int, int, int], Predictor] | None = None
         self._execution = execution or Execution()
-        if groups is not None and groups.weights is not None:
-            # Recorded passes need weights that stay where they are.
-            self._execution = replace(self._execution, graphs=False)
         # cuDNN would otherwise run float32 convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = False
         self.ops = select_ops(device, dtype, self._execution.kernels)
@@ -231,7 +227,6 @@ class FusionEngine:
         if self._bound is None or self._bound[0] != shape:
             self._bound = None
             rope = network.rope_tables(video_shape, audio_length).to(self._device)
-            graphs = self._execution.graphs and self._device.type == "cuda"
-            predictor = make_predictor(network, rope, self.ops.ops, self._groups, graphs=graphs)
+            predictor = make_predictor(network, rope, self.ops.ops, self._groups, graphs=self._execution.graphs)
             self._bound = (shape, predictor)
         return self._bound[1]

@@ -28,8 +28,8 @@ class Execution:
     """How passes are computed; the default is the fastest lossless way of the device."""
 
     kernels: Kernels = Kernels.AUTO
-    graphs: bool = True
-    """Passes are recorded as CUDA graphs, where there is CUDA."""
+    graphs: bool | None = None
+    """Steps are recorded as CUDA graphs; None: where it pays, see parallelize.make_predictor."""
     quantization: Quantization = Quantization.NONE
     """Of the wide layers."""
 

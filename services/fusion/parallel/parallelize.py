@@ -12,7 +12,7 @@ from services.fusion.sampling.graphs import GraphedForward
 
 
 def make_predictor(
-    network: FusionModel, rope: RopeTables, ops: Ops, groups: Groups | None, *, graphs: bool
+    network: FusionModel, rope: RopeTables, ops: Ops, groups: Groups | None, *, graphs: bool | None = None
 ) -> Predictor:
     """The Predictor of one shape.
 
@@ -21,9 +21,12 @@ def make_predictor(
         rope: of the shape, on the device.
         ops: implementations of the blocks' operations.
         groups: ranks that share every run; None if this process is alone.
-        graphs: record passes as CUDA graphs; needs CUDA and weights that stay where they are.
+        graphs: record steps as CUDA graphs, which needs CUDA and weights that stay where they are; None: where it pays,
+            which is where ranks share a pass. The kernels of a whole pass are long enough to hide their launches.
     """
     spread = groups is not None and groups.sequence.size > 1
+    if graphs is None:
+        graphs = groups is not None and spread and groups.weights is None and rope.video.rotation.is_cuda
     model = SequenceParallelModel(network, groups.sequence) if groups is not None and spread else network
     forward: Forward = bind_forward(model, rope, ops)
     if graphs:
