@@ -21,7 +21,7 @@ from services.fusion.parallel.plan import PLAN_NAMES, ParallelPlan, choose_plan
 from services.fusion.servicer import FusionServicer
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
-from shared.group.ranks import Ranks, end_with_parent, join_group, rank_device
+from shared.group.ranks import Ranks, end_torchrun, end_with_parent, join_group, rank_device
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
 from shared.service_main import StageOptions, refusing_bad_checkpoints, run_service, stage_options, stage_parser
@@ -146,6 +146,8 @@ def main() -> None:
         options = FusionOptions(stage, args.model, execution, ranks, plan)
     except ValueError as error:
         get_logger(__name__).error("cannot start", reason=str(error))
+        if ranks.world_size > 1:
+            end_torchrun()
         raise SystemExit(EXIT_BAD_CONFIG) from None
     if ranks.world_size > 1:
         end_with_parent()
