@@ -56,7 +56,7 @@ __all__ = ["CLIPS", "Clip", "count_flop", "measure_rates", "median_seconds", "ra
 
 SKIP_LAYER = 11
 ALONE = ParallelPlan(1, 1)
-_ALONE_REPEATS = 3
+_ALONE_REPEATS = 2
 _PROMPT_ROWS = 100
 
 
