@@ -48,6 +48,7 @@ async def run(options: VaeOptions) -> None:
             engines.append(await worker.run(lambda: VaeEngine.load(options)))
         else:
             engines.append(await worker.run(lambda: load_leader(options, fellowship)))
+        await worker.run(engines[0].warm_up)
 
     async def close() -> None:
         worker.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +30,14 @@ from services.vae.ops import select_ops
 from shared.checkpoints import file_fingerprint
 from shared.device_memory import peak_gib, reset_peak
 from shared.errors import DiskFull
-from shared.shapes import VideoLatentShape
+from shared.logging import get_logger
+from shared.shapes import AUDIO_LATENT_CHANNELS, VIDEO_LATENT_CHANNELS, VideoLatentShape
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
+
+log = get_logger(__name__)
+
+_WARM_UP_SHAPE = (3, 44, 44)
+"""Latent frames, rows and columns: one step of the network of each length that it makes."""
 
 PictureSource = Callable[[torch.Tensor], Iterator[torch.Tensor]]
 """From a normalised latent (48, F, h, w) to its pictures (f, 16h, 16w, 3), levels 0 to 255, on the device."""
@@ -111,6 +118,16 @@ class VaeEngine:
             fingerprint=digest.hexdigest()[:16],
             pictures=None if spread is None else spread(video_vae),
         )
+
+    def warm_up(self) -> None:
+        """Decode a moment of picture and sound, so that no clip waits for kernels to be compiled; on CUDA only."""
+        if self._device.type != "cuda":
+            return
+        start = time.perf_counter()
+        for _ in self.decode_video(torch.zeros(VIDEO_LATENT_CHANNELS, *_WARM_UP_SHAPE)):
+            pass
+        self.decode_audio(torch.zeros(16, AUDIO_LATENT_CHANNELS))
+        log.info("warmed up", seconds=round(time.perf_counter() - start, 3))
 
     def encode_image(self, frame_HWC: NDArray[np.uint8]) -> torch.Tensor:
         """The normalised latent (48, 1, H/16, W/16), float32 on the CPU, of one RGB frame; see `cover_frame`."""
