@@ -124,6 +124,8 @@ def sources(lines: list[Line]) -> str:
             words.append(f"ceilings in this run: {ceilings}, copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s")
         if "model_made_s" in run:
             words.append(f"model with random weights made in {run['model_made_s']:.1f} s")
+        if "note" in run:
+            words.append(run["note"])
         if "start_s" in run:
             words.append(f"stack serving after {run['start_s']:.1f} s")
         found.append(f"- `{file}`: {'; '.join(words)}")
@@ -310,9 +312,41 @@ def _switch_order(line: Line) -> float:
     return float("inf") if everything else line.row["all_s"] - line.row["step_s"]
 
 
+def drift_table(folder: Path) -> str:
+    """How far results move when a run is computed in another way."""
+    lines = newest(
+        read_lines(folder, "drift"),
+        lambda line: (
+            line.device,
+            clip_order(line.row["clip"]),
+            line.gpus,
+            line.row["step_s"] * -1,
+            line.row["variant"],
+        ),
+    )
+    head = ["way", "clip", "GPUs", "s/step", "gain", "steps reused"]
+    head += [f"{what}, {tower}" for what in ("prediction", "final latents") for tower in ("video", "audio")]
+    rows = []
+    for line in lines:
+        parts = [f"{what}_{tower}" for what in ("prediction", "final") for tower in ("video", "audio")]
+        rows.append(
+            [
+                line.row["variant"] + (f": {line.row['plan']}" if line.row["plan"] != "single" else ""),
+                line.row["clip"],
+                str(line.gpus),
+                line.number("step_s"),
+                f"x {line.number('gain', 2)}",
+                f"{line.row['steps_reused']} of {line.row['steps']}",
+                *(f"{line.number(f'{part}_error', 4)} ({line.number(f'{part}_cosine', 4)})" for part in parts),
+            ]
+        )
+    return table(head, rows) + sources(lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "fusion": fusion_table,
     "switches": switches_table,
+    "drift": drift_table,
     "vae": vae_table,
     "stack": stack_table,
     "queue": queue_table,

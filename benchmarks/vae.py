@@ -1,14 +1,12 @@
 """Time the video VAE's decoder at released widths with random weights on one GPU.
 
 `python -m benchmarks.vae [--clips 720x720_5s,...] [--kernels reference] [--latent-frames-per-step 2] [--repeats 3]
-[--mp4] [--profile] [--json FILE]`
+[--mp4] [--profile] [--save]`
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import describe_run, result_path, save_result
 from services.vae.checkpoint import RELEASED_AUDIO_VAE, RELEASED_VOCODER, assemble_video_vae
 from services.vae.model.audio_vae import AudioVae
 from services.vae.model.video_decoder import VideoDecoder
@@ -267,7 +266,8 @@ def main() -> None:
     parser.add_argument("--latent-frames-per-step", type=int)
     parser.add_argument("--mp4", action="store_true", help="time whole clips with sound and encoding too; needs PyAV")
     parser.add_argument("--profile", action="store_true", help="print the costliest kernels of the first clip")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
+    parser.add_argument("--json", type=Path, help="keep the result in this file")
     args = parser.parse_args()
     device = torch.device("cuda", 0)
     torch.backends.cudnn.allow_tf32 = False
@@ -297,19 +297,16 @@ def main() -> None:
         if args.mp4:
             rows[-1] = replace(rows[-1], mp4_seconds=mp4_seconds(vae, clip, args.repeats))
             out(f"{clip}: {rows[-1].mp4_seconds:.3f} s to a finished mp4\n")
-    if args.json:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "device": name,
-            "torch": torch.__version__,
+    if args.save or args.json:
+        variant = "" if args.kernels == Kernels.AUTO.value else args.kernels
+        described = describe_run("vae", device, 1, args, variant) | {
             "kernels": ops.name,
             "latent_frames_per_step": ops.latent_frames_per_step,
             "rates": asdict(rates),
             "weights_s": weights_s,
             "relative_error_against_float32": errors,
-            "rows": [asdict(row) for row in rows],
         }
-        args.json.write_text(json.dumps(result, indent=1))
+        save_result(args.json or result_path(described), described, rows)
 
 
 if __name__ == "__main__":
