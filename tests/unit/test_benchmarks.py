@@ -16,6 +16,7 @@ from benchmarks.fusion import parse_plans, step_work
 from benchmarks.stack import busy_spans
 from services.fusion.fp8 import Quantization
 from services.fusion.model.config import FusionConfig
+from services.fusion.model.fusion import Branch
 from services.fusion.model.operations import Ops
 from services.fusion.parallel.plan import ParallelPlan
 
@@ -65,7 +66,7 @@ def torchs_count(config: FusionConfig) -> int:
     rope = model.rope_tables((CLIP.frames, CLIP.height, CLIP.width), CLIP.audio_length)
     video, audio = torch.randn(48, CLIP.frames, CLIP.height, CLIP.width), torch.randn(CLIP.audio_length, 20)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(video, audio, torch.tensor(500.0), text, rope, Ops.of(plain_attention))
+        model(video, audio, torch.tensor(500.0), [Branch(text)], rope, Ops.of(plain_attention))
     return counter.get_total_flops()
 
 
