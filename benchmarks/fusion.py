@@ -362,7 +362,6 @@ def main() -> None:
     if ranks.rank == 0 and (args.save or args.json):
         save_result(args.json or result_path(described), described, rows)
     if fellowship is not None:
-        dist.barrier()
         fellowship.leave()
 
 

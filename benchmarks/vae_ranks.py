@@ -205,8 +205,6 @@ def main() -> None:
             sys.stdout.flush()
     if ranks.rank == 0 and (args.save or args.json):
         save_result(args.json or result_path(described), described, rows)
-    fellowship.part()
-    fellowship.channel.agree(True)
     fellowship.leave()
 
 

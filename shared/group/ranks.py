@@ -17,7 +17,7 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from shared.group.control import ControlChannel
 
@@ -27,6 +27,8 @@ _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 """How long a rank waits for another inside a run before it gives up and ends; the longest step takes a few seconds."""
 _MEETING_TIMEOUT = timedelta(seconds=300)
 """How long ranks wait for each other at the start."""
+_LEAVING_TIMEOUT = timedelta(seconds=60)
+"""How long a rank that is done waits for the others to be."""
 _HELLO_AGAIN = timedelta(seconds=5)
 _HELLOS = "ovi/hellos"
 _PR_SET_PDEATHSIG = 1
@@ -75,13 +77,15 @@ class Fellowship:
     Without the watch a rank would wait in a collective for a dead one until a timeout.
     """
 
-    def __init__(self, channel: ControlChannel, watched: list[int]) -> None:
+    def __init__(self, channel: ControlChannel, store: Store, watched: list[int]) -> None:
         """
         Args:
             channel: to the other ranks.
+            store: where the ranks met.
             watched: processes on this host to die with.
         """
         self.channel = channel
+        self._store = store
         self._parting = threading.Event()
         if watched:
             threading.Thread(target=self._watch, args=(watched,), name="fellows", daemon=True).start()
@@ -91,9 +95,28 @@ class Fellowship:
         self._parting.set()
 
     def leave(self) -> None:
-        """End the process groups; after `part` on every rank."""
+        """End the process groups, when every rank is done; all of them call it.
+
+        A rank that goes closes its connections, which fails a collective that another one is still in. So they wait for
+        each other at the store.
+
+        Raises:
+            DistStoreError: another rank did not come.
+        """
         self.part()
+        world_size = dist.get_world_size()
+        self._arrive("done", world_size)
+        self._store.wait(["all/done"], _LEAVING_TIMEOUT)
         dist.destroy_process_group()
+        if self.channel.rank > 0:
+            self._arrive("gone", world_size - 1)
+        else:
+            # It may serve the store, so it goes last.
+            self._store.wait(["all/gone"], _LEAVING_TIMEOUT)
+
+    def _arrive(self, what: str, expected: int) -> None:
+        if self._store.add(what, 1) == expected:
+            self._store.set(f"all/{what}", "")
 
     def _watch(self, watched: list[int]) -> None:
         try:
@@ -135,7 +158,7 @@ def join_group(ranks: Ranks, device: torch.device) -> Fellowship:
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    return Fellowship(ControlChannel(), watched)
+    return Fellowship(ControlChannel(), store, watched)
 
 
 def _name_meeting(store: TCPStore, ranks: Ranks) -> str:

@@ -57,9 +57,18 @@ def follow(fellowship: Fellowship, tasks: Mapping[str, Callable[[Command], None]
 
 
 def stop_followers(fellowship: Fellowship) -> None:
-    """On rank 0: let the other ranks end, and leave the group."""
+    """On rank 0: let the other ranks end, and leave the group.
+
+    Raises:
+        DistStoreError: see Fellowship.leave.
+    """
     fellowship.part()
-    fellowship.channel.send(Command(_STOP, {}, {}))
+    try:
+        fellowship.channel.send(Command(_STOP, {}, {}))
+    except RuntimeError as error:
+        # After a start that failed on every rank. Raised here, it would hide why.
+        log.warning("the other ranks have ended before", reason=str(error))
+        return
     fellowship.leave()
 
 
@@ -68,12 +77,14 @@ def load_together(load: Callable[[], T], what: str, channel: ControlChannel) -> 
 
     Raises:
         CheckpointError: this rank or another could not.
+        Exception: whatever else `load` raises; the other ranks get a CheckpointError.
     """
+    well = False
     try:
         loaded = load()
-    except CheckpointError:
-        channel.agree(False)
-        raise
-    if not channel.agree(True):
+        well = True
+    finally:
+        all_well = channel.agree(well)
+    if not all_well:
         raise CheckpointError(f"{what} could not be loaded on every rank; the logs of the ranks say why")
     return loaded
