@@ -183,9 +183,9 @@ class FusionEngine:
         reset_peak(self._device)
         video_shape = served.video_shape(spec.height, spec.width)
         noise = draw_noise(video_shape.as_tuple(), served.audio_shape.as_tuple(), spec.options.seed)
-        predict, conditions = self._prepare(network, noise, spec, inputs)
-        noise = Latents(noise.video_CFHW.to(self._device), noise.audio_SC.to(self._device))
         try:
+            predict, conditions = self._prepare(network, noise, spec, inputs)
+            noise = Latents(noise.video_CFHW.to(self._device), noise.audio_SC.to(self._device))
             for event in denoise(predict, noise, conditions, spec.options, bind_agreement(self._groups)):
                 if isinstance(event, StepDone):
                     seconds = round(event.seconds, 4)

@@ -70,7 +70,12 @@ class LeadingEngine(FusionEngine):
         """See FusionEngine.load; on all ranks."""
         if self._loaded is None or self._loaded[0] != model:
             self._channel.send(Command(_LOAD, {"model": model}, {}))
-            return load_together(partial(super().load, model), model, self._channel)
+            try:
+                return load_together(partial(super().load, model), model, self._channel)
+            except CheckpointError:
+                # It may be here and nowhere else; the next run of it must ask all ranks again.
+                self._loaded = self._bound = None
+                raise
         return super().load(model)
 
     def denoise(self, spec: RunSpec, inputs: RunInputs) -> Iterator[StepDone | Latents]:
