@@ -149,6 +149,7 @@ def test_a_rank_killed_in_a_decode_brings_the_group_back(stub, put, service, vic
     with pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    service.wait_serving()
     assert decode_video(stub, put, VIDEO).size
     after = ranks_of(service)
     assert len(after) == RANKS and set(after.values()).isdisjoint(before.values()), "every rank is a new process"
