@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from shared.errors import ResourceExhausted
 
 T = TypeVar("T")
@@ -48,12 +50,14 @@ class DeviceWorker:
     Cancelling the consumer stops the generator at its next `yield`: between two steps, never inside one.
     """
 
-    def __init__(self, name: str, *, max_pending: int) -> None:
+    def __init__(self, name: str, *, max_pending: int, device: torch.device | None = None) -> None:
         """
         Args:
             name: of the thread, and of the queue in messages.
             max_pending: most jobs waiting or running; further ones are refused.
+            device: the thread's own, if it is a GPU; kernels are launched on whichever one is the thread's.
         """
+        self._device = device
         self._name = name
         self._max_pending = max_pending
         self._queue: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
@@ -121,6 +125,8 @@ class DeviceWorker:
             pass
 
     def _run(self) -> None:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         while (job := self._queue.get()) is not None:
             if not job.begin():
                 continue

@@ -37,7 +37,7 @@ async def run(options: FusionOptions) -> None:
     """Load the first model, serve until a signal: the only rank, or rank 0 of several."""
     stage = options.stage
     engine = _make_engine(options)
-    worker = DeviceWorker("fusion", max_pending=stage.max_pending)
+    worker = DeviceWorker("fusion", max_pending=stage.max_pending, device=stage.device)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
     resolver = TensorResolver.over_grpc(stage.producer_hosts)

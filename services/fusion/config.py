@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.fusion.ops import Execution
+import torch
+
+from services.fusion.fp8 import Quantization, has_fp8_products
+from services.fusion.ops import Execution, Kernels
 from services.fusion.parallel.plan import ParallelPlan
 from shared.group.ranks import Ranks
 from shared.service_main import StageOptions
@@ -27,3 +30,8 @@ class FusionOptions:
     def __post_init__(self) -> None:
         if self.execution.graphs and (self.stage.device.type != "cuda" or self.plan.weights_degree > 1):
             raise ValueError("--graphs needs CUDA and a plan in which every GPU holds all weights; leave it out")
+        if self.execution.kernels is Kernels.FUSED and self.stage.device.type != "cuda":
+            raise ValueError(f"--kernels fused needs CUDA, the device is {self.stage.device}; leave it out")
+        fp8_products = self.execution.quantization is Quantization.FP8 and has_fp8_products(self.stage.device)
+        if fp8_products and self.stage.precision is not torch.bfloat16:
+            raise ValueError("--quantization fp8 needs --precision bfloat16 on this GPU")

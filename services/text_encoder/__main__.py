@@ -17,7 +17,7 @@ DEFAULT_PORT = 50051
 async def run(options: TextEncoderOptions) -> None:
     """Load the encoder, serve until a signal."""
     stage = options.stage
-    worker = DeviceWorker("text encoder", max_pending=stage.max_pending)
+    worker = DeviceWorker("text encoder", max_pending=stage.max_pending, device=stage.device)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
     servicer = TextEncoderServicer(options, worker, tensors)

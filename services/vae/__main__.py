@@ -33,7 +33,7 @@ async def run(options: VaeOptions) -> None:
     stage = options.stage
     fellowship = join_decoders(options) if options.ranks.world_size > 1 else None
     engines: list[VaeEngine] = []
-    worker = DeviceWorker("vae", max_pending=stage.max_pending)
+    worker = DeviceWorker("vae", max_pending=stage.max_pending, device=stage.device)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
     resolver = TensorResolver.over_grpc(stage.producer_hosts)
@@ -79,6 +79,8 @@ def main() -> None:
     ranks = Ranks.from_environment(os.environ)
     stage = stage_options(args)
     stage = replace(stage, device=rank_device(stage.device, ranks))
+    if Kernels(args.kernels) is Kernels.FUSED and stage.device.type != "cuda":
+        parser.error(f"--kernels fused needs CUDA, the device is {stage.device}; leave it out")
     options = VaeOptions(stage, args.chunk_latent_frames, Kernels(args.kernels), ranks)
     if ranks.world_size > 1:
         end_with_parent()

@@ -202,7 +202,7 @@ class FusionModel(nn.Module):
         self.audio_model = AudioTower(config)
         pairs = zip(self.video_model.blocks, self.audio_model.blocks, strict=True)
         self.shares_first_half = True
-        """Block 0 up to the text is computed once for all branches; off where weights are there only in `forward`."""
+        """Block 0 up to the text is computed once for all branches, which changes no value; a switch for measuring."""
         self.fused_blocks: list[nn.Module] = [
             FusedBlock(cast("TowerBlock", video), cast("TowerBlock", audio)) for video, audio in pairs
         ]
