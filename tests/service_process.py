@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +32,25 @@ class ServiceProcess:
         return grpc.insecure_channel(self.address)
 
     def wait_serving(self) -> None:
-        """Return when health says SERVING; health streams its changes, so nothing is polled."""
+        """Return when health says SERVING; health streams its changes, so nothing is polled.
+
+        A process that was killed may still take a connection while it dies; the watch that breaks then is begun again.
+        """
+        deadline_s = time.monotonic() + START_TIMEOUT_S
         with self.channel() as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            request = health_pb2.HealthCheckRequest()
-            for answer in stub.Watch(request, timeout=START_TIMEOUT_S, wait_for_ready=True):
+            while not self._watch_until_serving(channel, deadline_s - time.monotonic()):
+                pass
+
+    def _watch_until_serving(self, channel: grpc.Channel, timeout_s: float) -> bool:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
+                    return True
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAVAILABLE:
+                raise
+        return False
 
 
 @contextlib.contextmanager
