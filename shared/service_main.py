@@ -16,6 +16,7 @@ from shared.errors import EXIT_BAD_CONFIG, CheckpointError
 from shared.group.ranks import Ranks, end_torchrun
 from shared.grpc_server import ListenConfig
 from shared.logging import configure_logging, get_logger
+from shared.memory.modes import VramMode
 from shared.tensors.transport import LOOPBACK_HOSTS
 
 log = get_logger(__name__)
@@ -45,6 +46,10 @@ class StageOptions:
     """Most bytes of produced tensors held at once."""
     max_pending: int
     """Most calls waiting for or using the device; further ones get RESOURCE_EXHAUSTED."""
+    vram_mode: VramMode
+    """How device memory is used."""
+    memory_bytes: int | None
+    """Most bytes of the device that this process may reserve; None: what is free when it starts."""
 
 
 def stage_parser(service: str, default_port: int) -> argparse.ArgumentParser:
@@ -62,6 +67,9 @@ def stage_parser(service: str, default_port: int) -> argparse.ArgumentParser:
     add("--lease-s", type=float, default=900.0, help="seconds a produced tensor is kept (default: %(default)s)")
     add("--tensor-store-gib", type=float, default=4.0, help="most GiB of produced tensors held (default: %(default)s)")
     add("--max-pending", type=int, default=16, help="most calls waiting for the device (default: %(default)s)")
+    modes = [mode.value for mode in VramMode]
+    add("--vram-mode", default="auto", choices=modes, help="how device memory is used (default: %(default)s)")
+    add("--memory-gib", type=float, default=None, help="most GiB of the device to reserve (default: what is free)")
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
@@ -87,6 +95,8 @@ def stage_options(args: argparse.Namespace) -> StageOptions:
         lease_s=args.lease_s,
         tensor_store_bytes=int(args.tensor_store_gib * 2**30),
         max_pending=args.max_pending,
+        vram_mode=VramMode(args.vram_mode),
+        memory_bytes=None if args.memory_gib is None else int(args.memory_gib * 2**30),
     )
 
 
