@@ -26,6 +26,7 @@ from services.text_encoder.engine import TextEngine
 from services.text_encoder.servicer import TextEncoderServicer
 from shared.device_worker import DeviceWorker
 from shared.grpc_server import GrpcService, ListenConfig, serve
+from shared.memory.modes import VramMode
 from shared.service_main import EXIT_BAD_CONFIG, StageOptions
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
@@ -197,6 +198,8 @@ def test_calls_are_refused_and_health_says_so_until_loading_has_ended(tiny_check
         lease_s=60.0,
         tensor_store_bytes=3 * 64 * 4,
         max_pending=4,
+        vram_mode=VramMode.STANDARD,
+        memory_bytes=None,
     )
 
     async def scenario() -> None:
