@@ -44,7 +44,7 @@ from services.fusion.parallel.agreement import bind_agreement
 from services.fusion.parallel.groups import Groups, make_groups
 from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.parallel.plan import ParallelPlan
-from services.fusion.sampling.denoise import BranchLoops, Latents, Predictor, StepDone, denoise
+from services.fusion.sampling.denoise import Latents, Predictor, StepDone, denoise
 from services.fusion.sampling.step_cache import Agree, StepCache
 from shared.group.ranks import Ranks, join_group, rank_device
 from shared.sampling_options import SamplingOptions
@@ -237,7 +237,7 @@ def predict_at(
     more: dict[str, Any] = {"skip_layer": SKIP_LAYER}
     if variant.step_cache_threshold:
         cache = StepCache(math.inf, bench.agreement(variant))
-        more["loops"] = BranchLoops(cache.run_prompt, cache.run_negative)
+        more["run_blocks"] = cache.run
         cache.begin_step(must_compute=True)
         predict(*before, bench.subject.conditions, **more)
         cache.begin_step(must_compute=False)

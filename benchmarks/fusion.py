@@ -126,7 +126,7 @@ class Subject:
             model,
             model.rope_tables((clip.frames, clip.height, clip.width), clip.audio_length).to(device),
             Latents(noise.video_CFHW.to(device), noise.audio_SC.to(device)),
-            Conditions(model.encode_text(texts[0], texts[0]), model.encode_text(texts[1], texts[2]), None),
+            Conditions(*model.encode_texts([(texts[0], texts[0]), (texts[1], texts[2])]), None),
             torch.tensor(500.0, device=device),
         )
 

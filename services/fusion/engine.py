@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from services.fusion.checkpoint import FusionFile
-from services.fusion.fp8 import Quantization, quantize
 from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Execution, select_ops
 from services.fusion.packing import pack_projections
@@ -18,6 +17,7 @@ from services.fusion.parallel.agreement import bind_agreement
 from services.fusion.parallel.fsdp import load_sharded
 from services.fusion.parallel.groups import Groups
 from services.fusion.parallel.parallelize import make_predictor
+from services.fusion.quantization import quantize
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import (
     Conditions,
@@ -30,6 +30,7 @@ from services.fusion.sampling.denoise import (
 from shared.device_memory import peak_gib, reset_peak
 from shared.errors import CheckpointError, InvalidRequest
 from shared.logging import get_logger
+from shared.memory.modes import WeightFormat
 from shared.sampling_options import SamplingOptions
 from shared.shapes import common_sizes
 from shared.variants import VARIANTS
@@ -124,7 +125,8 @@ class FusionEngine:
     def arithmetic(self) -> str:
         """Of the products, in words."""
         name = str(self._dtype).removeprefix("torch.")
-        return f"{name} arithmetic" if self._execution.quantization is Quantization.NONE else f"fp8 products in {name}"
+        weights = self._execution.weights
+        return f"{name} arithmetic" if weights is WeightFormat.NATIVE else f"{weights.value} weights, {name} arithmetic"
 
     def load(self, model: str) -> FusionModel:
         """The model of this variant on the device; the one before is freed first.
@@ -148,8 +150,7 @@ class FusionEngine:
         if self._groups is not None and self._groups.weights is not None:
             return load_sharded(file, self._groups.weights, self._device, self._dtype)
         network = file.load(self._device, self._dtype)
-        if self._execution.quantization is Quantization.FP8:
-            quantize(network)
+        quantize(network, self._execution.weights)
         if self.ops.fused:
             pack_projections(network)
         return network
@@ -206,17 +207,16 @@ class FusionEngine:
     ) -> tuple[Predictor, Conditions]:
         _, frames, height, width = noise.video_CFHW.shape
         video_shape = (frames, height, width)
-        negative = None
+        prompt_LC = inputs.prompt_LC.to(self._device)
+        texts = [(prompt_LC, prompt_LC)]
         if spec.options.needs_negative_pass:
             assert inputs.video_negative_LC is not None and inputs.audio_negative_LC is not None, "check_run saw them"
-            negative = network.encode_text(
-                inputs.video_negative_LC.to(self._device), inputs.audio_negative_LC.to(self._device)
-            )
-        prompt_LC = inputs.prompt_LC.to(self._device)
+            texts.append((inputs.video_negative_LC.to(self._device), inputs.audio_negative_LC.to(self._device)))
+        prompt, *negative = network.encode_texts(texts)
         first = inputs.first_frame_C1HW
         conditions = Conditions(
-            prompt=network.encode_text(prompt_LC, prompt_LC),
-            negative=negative,
+            prompt=prompt,
+            negative=negative[0] if negative else None,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
         return self._predictor(network, video_shape, len(noise.audio_SC)), conditions

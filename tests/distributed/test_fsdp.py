@@ -111,7 +111,7 @@ def load_and_count(path: Path, plan: ParallelPlan) -> dict[str, torch.Tensor]:
         return sum(parameter.to_local().untyped_storage().nbytes() for parameter in parameters)
 
     before = held()
-    model.encode_text(torch.zeros(3, CONFIG.text_dim), torch.zeros(3, CONFIG.text_dim))
+    model.encode_texts([(torch.zeros(3, CONFIG.text_dim), torch.zeros(3, CONFIG.text_dim))])
     # The unit used last stays whole until the next one is; text keys and values end with the last block.
     for block in model.fused_blocks:
         shapes = [parameter.shape for parameter in block.parameters() if not isinstance(parameter, DTensor)]

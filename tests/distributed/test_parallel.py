@@ -33,11 +33,9 @@ def conditions_of(model, picture: bool, options: SamplingOptions, video_shape) -
     generator = torch.Generator().manual_seed(1)
     prompt, negative, other = (torch.randn(n, CONFIG.text_dim, generator=generator) for n in (7, 4, 3))
     first = torch.randn(48, *video_shape[2:], generator=generator) if picture else None
-    return Conditions(
-        model.encode_text(prompt, prompt),
-        model.encode_text(negative, other) if options.needs_negative_pass else None,
-        first,
-    )
+    texts = [(prompt, prompt), (negative, other)] if options.needs_negative_pass else [(prompt, prompt)]
+    made = model.encode_texts(texts)
+    return Conditions(made[0], made[1] if len(made) > 1 else None, first)
 
 
 def run_case(name: str, plan: ParallelPlan | None) -> dict[str, torch.Tensor]:

@@ -109,7 +109,7 @@ def reference(checkpoints, first_frame=None, options=OPTIONS) -> tuple[torch.Ten
     """The same run without any service."""
     model = FusionFile.open(checkpoints / "Ovi" / "model.safetensors").load(torch.device("cpu"), torch.float32)
     with torch.inference_mode():
-        conditions = Conditions(model.encode_text(rows(1), rows(1)), model.encode_text(rows(2), rows(3)), first_frame)
+        conditions = Conditions(*model.encode_texts([(rows(1), rows(1)), (rows(2), rows(3))]), first_frame)
     predict = bind_guidance(bind_forward(model, model.rope_tables(VIDEO[1:], AUDIO[0]), Ops.of(sdpa)))
     *_, latents = denoise(predict, draw_noise(VIDEO, AUDIO, 7), conditions, options)
     return latents.video_CFHW, latents.audio_SC

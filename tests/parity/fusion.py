@@ -58,7 +58,7 @@ def model_comparisons(golden: Path, place: Place = CPU) -> Iterator[Comparison]:
         name = f"case{index}"
         names = ("video_latent", "audio_latent", "video_context", "audio_context")
         inputs = {key: file.tensors[f"{name}.{key}"].to(place.device) for key in names}
-        text = model.encode_text(inputs["video_context"], inputs["audio_context"])
+        (text,) = model.encode_texts([(inputs["video_context"], inputs["audio_context"])])
         _, frames, height, width = inputs["video_latent"].shape
         (outputs,) = model(
             inputs["video_latent"],
@@ -115,9 +115,9 @@ def pipeline_comparisons(golden: Path, place: Place = CPU) -> Iterator[Compariso
             solver=Solver(case["solver"]),
             slg_layer=case["slg_layer"],
         )
+        texts = [("prompt", "prompt"), ("video_negative", "audio_negative")]
         conditions = Conditions(
-            prompt=model.encode_text(tensors["prompt"], tensors["prompt"]),
-            negative=model.encode_text(tensors["video_negative"], tensors["audio_negative"]),
+            *model.encode_texts([(tensors[video], tensors[audio]) for video, audio in texts]),
             first_frame_CHW=tensors["first_frame_latent"][:, 0] if case["i2v"] else None,
         )
         _, frames, height, width = tensors["video_noise"].shape

@@ -62,7 +62,7 @@ def plain_attention(q_TNK: torch.Tensor, k_SNK: torch.Tensor, v_SNK: torch.Tenso
 def torchs_count(config: FusionConfig) -> int:
     """Operations of one pass by torch's own counter."""
     model = random_model(config, torch.device("cpu"), torch.float32)
-    text = model.encode_text(torch.randn(5, config.text_dim), torch.randn(5, config.text_dim))
+    (text,) = model.encode_texts([(torch.randn(5, config.text_dim), torch.randn(5, config.text_dim))])
     rope = model.rope_tables((CLIP.frames, CLIP.height, CLIP.width), CLIP.audio_length)
     video, audio = torch.randn(48, CLIP.frames, CLIP.height, CLIP.width), torch.randn(CLIP.audio_length, 20)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

@@ -119,7 +119,7 @@ def test_a_clip_is_moving_texture_and_soft_noise(tiny_checkpoint: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     video = torch.randn(video_shape.as_tuple(), generator=generator)
     audio = torch.randn(audio_shape.as_tuple(), generator=generator)
-    texts = model.encode_text(prompt, prompt), model.encode_text(negative, negative)
+    texts = model.encode_texts([(prompt, prompt), (negative, negative)])
     rope = model.rope_tables(video_shape.as_tuple()[1:], audio_shape.length)
     sigmas = torch.linspace(1, 0, 9).tolist()
     for sigma, following in itertools.pairwise(sigmas):

@@ -35,7 +35,7 @@ def conditions(model):
     generator = torch.Generator().manual_seed(1)
     prompt, negative = (torch.randn(length, SMALL.text_dim, generator=generator) for length in (7, 4))
     with torch.inference_mode():
-        return Conditions(model.encode_text(prompt, prompt), model.encode_text(negative, negative), None)
+        return Conditions(*model.encode_texts([(prompt, prompt), (negative, negative)]), None)
 
 
 class Recorder:

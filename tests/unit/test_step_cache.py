@@ -10,10 +10,9 @@ import torch
 
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build
-from services.fusion.model.fusion import run_all
+from services.fusion.model.fusion import Pass, Tokens
 from services.fusion.model.operations import Ops
 from services.fusion.sampling.denoise import (
-    BranchLoops,
     Conditions,
     Latents,
     bind_forward,
@@ -46,7 +45,7 @@ def conditions(model, request):
     prompt, negative = (torch.randn(length, SMALL.text_dim, generator=generator) for length in (7, 4))
     picture = torch.randn(VIDEO[0], *VIDEO[2:], generator=generator) if request.param == "i2v" else None
     with torch.inference_mode():
-        return Conditions(model.encode_text(prompt, prompt), model.encode_text(negative, negative), picture)
+        return Conditions(*model.encode_texts([(prompt, prompt), (negative, negative)]), picture)
 
 
 def run(predict, conditions, options, **more) -> tuple[Latents, list[bool]]:
@@ -88,43 +87,54 @@ def test_nothing_outlives_a_run(predict, conditions) -> None:
 @torch.inference_mode()
 def test_a_reused_step_is_block_0_and_what_the_others_of_its_branch_added(predict, conditions) -> None:
     cache = StepCache(ALWAYS)
-    loops = BranchLoops(cache.run_prompt, cache.run_negative)
     early, late = draw_noise(VIDEO, AUDIO, 5), draw_noise(VIDEO, AUDIO, 6)
     cache.begin_step(must_compute=True)
-    computed = predict(early, torch.tensor(900.0), conditions, skip_layer=2, loops=loops)
+    computed = predict(early, torch.tensor(900.0), conditions, skip_layer=2, run_blocks=cache.run)
     cache.begin_step(must_compute=False)
-    reused = predict(late, torch.tensor(700.0), conditions, skip_layer=2, loops=loops)
+    reused = predict(late, torch.tensor(700.0), conditions, skip_layer=2, run_blocks=cache.run)
     assert cache.reused
 
-    kept: list[tuple[torch.Tensor, ...]] = []
+    kept: list[Tokens] = []
 
-    def tracing(blocks, *tokens):
-        first = blocks[0](*tokens)
-        last = run_all(blocks, *tokens)
-        kept.append(tuple(b - a for a, b in zip(first, last, strict=True)))
-        return last
+    def tracing(passes):
+        """Pass after pass, block after block."""
+        results = []
+        for tokens, blocks in passes:
+            first = tokens = next(blocks)(tokens)
+            for block in blocks:
+                tokens = tokens if block is None else block(tokens)
+            kept.append(Tokens(*(b - a for a, b in zip(first, tokens, strict=True))))
+            results.append(tokens)
+        return results
 
-    def adding(blocks, *tokens):
-        return tuple(a + b for a, b in zip(blocks[0](*tokens), kept.pop(0), strict=True))
+    def adding(passes):
+        return [
+            Tokens(*(a + b for a, b in zip(next(blocks)(tokens), kept.pop(0), strict=True)))
+            for tokens, blocks in passes
+        ]
 
     expected = [
-        predict(early, torch.tensor(900.0), conditions, skip_layer=2, loops=BranchLoops(tracing, tracing)),
-        predict(late, torch.tensor(700.0), conditions, skip_layer=2, loops=BranchLoops(adding, adding)),
+        predict(early, torch.tensor(900.0), conditions, skip_layer=2, run_blocks=tracing),
+        predict(late, torch.tensor(700.0), conditions, skip_layer=2, run_blocks=adding),
     ]
     for ours, theirs in zip((*computed, *reused), (*expected[0], *expected[1]), strict=True):
         assert same(ours, theirs), "the same sums in the same order"
     assert not same(*reused), "each branch has its own"
 
 
+def added(tokens: Tokens) -> Tokens:
+    return Tokens(*(x + 1 for x in tokens))
+
+
 def decisions(threshold: float, video: list[float], audio: list[float]) -> list[bool]:
     """What a cache decides where block 0 adds these constants step by step; a second block adds 1."""
     cache = StepCache(threshold)
-    tokens = torch.zeros(6, 4), torch.zeros(3, 4)
+    tokens = Tokens(torch.zeros(6, 4), torch.zeros(3, 4))
     made = []
     for step, (v, a) in enumerate(zip(video, audio, strict=True)):
         cache.begin_step(must_compute=step == 0)
-        blocks = [lambda x, y, v=v, a=a: (x + v, y + a), lambda x, y: (x + 1, y + 1)]
-        out = cache.run_prompt(blocks, *tokens)
+        blocks = [lambda t, v=v, a=a: Tokens(t.video_TD + v, t.audio_SD + a), None, added]
+        (out,) = cache.run([Pass(tokens, iter(blocks))])
         torch.testing.assert_close(out[0], tokens[0] + v + 1, equal_nan=True)
         torch.testing.assert_close(out[1], tokens[1] + a + 1, equal_nan=True)
         made.append(cache.reused)
@@ -150,8 +160,7 @@ def test_the_change_is_from_the_last_computed_step_in_the_tower_that_changed_mor
 def test_sums_come_from_the_group() -> None:
     """What Agree answers decides, not this rank's own sums."""
     cache = StepCache(0.1, agree=lambda sums_22: torch.tensor([[0.0, 1.0], [0.2, 1.0]]))
-    block = [lambda x, y: (x + 1, y + 1)]
     for must_compute in (True, False):
         cache.begin_step(must_compute=must_compute)
-        cache.run_prompt(block, torch.zeros(2, 4), torch.zeros(2, 4))
+        cache.run([Pass(Tokens(torch.zeros(2, 4), torch.zeros(2, 4)), iter([added]))])
     assert not cache.reused, "a fifth is no tenth"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -33,6 +34,14 @@ class TextCache(NamedTuple):
     audio: tuple[TextKV, ...]
 
 
+class EmbeddedText(NamedTuple):
+    """A prompt as a tower's blocks see it, padded to text_len rows; see TextKV."""
+
+    rows_LD: torch.Tensor
+    num_rows: torch.Tensor
+    bound: int
+
+
 class RopeTables(NamedTuple):
     """Rotations of both towers' tokens: made once a shape."""
 
@@ -44,29 +53,43 @@ class RopeTables(NamedTuple):
         return RopeTables(*(Rope(table.rotation.to(device)) for table in self))
 
 
-BlockCall = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""One fused block, bound to all it needs besides the tokens: (video_TD, audio_SD) -> the same, one block later."""
+class Tokens(NamedTuple):
+    """Tokens of both towers."""
 
-BlockLoop = Callable[[Sequence[BlockCall], torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(blocks of a pass, video_TD, audio_SD) -> the tokens after the last one. The first block is never left out."""
+    video_TD: torch.Tensor
+    audio_SD: torch.Tensor
 
 
-def run_all(
-    blocks: Sequence[BlockCall], video_TD: torch.Tensor, audio_SD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain BlockLoop: one block after the other."""
-    for block in blocks:
-        video_TD, audio_SD = block(video_TD, audio_SD)
-    return video_TD, audio_SD
+BlockCall = Callable[[Tokens], Tokens]
+"""One fused block, bound to all it needs besides the tokens."""
+
+
+class Pass(NamedTuple):
+    """A pass that is about to be made."""
+
+    tokens: Tokens
+    blocks: Iterator[BlockCall | None]
+    """In order, each to be called when it comes; None: left out, which the first one never is."""
+
+
+BlockLoop = Callable[[Sequence[Pass]], list[Tokens]]
+"""Makes the passes of a step; the tokens of each after its last block."""
+
+
+def run_all(passes: Sequence[Pass]) -> list[Tokens]:
+    """The plain BlockLoop: every pass goes through a block before the next block is needed."""
+    tokens = [each.tokens for each in passes]
+    for calls in zip(*(each.blocks for each in passes), strict=True):
+        tokens = [mine if call is None else call(mine) for call, mine in zip(calls, tokens, strict=True)]
+    return tokens
 
 
 class Branch(NamedTuple):
-    """A pass over the latents of a step: with the prompt, or with the negative prompts."""
+    """What tells a pass over the latents of a step from another: the prompt's, or the negative prompts'."""
 
     text: TextCache
     skip_layer: int = 0
     """Block left out (skip-layer guidance); 0 leaves none out."""
-    run_blocks: BlockLoop = run_all
 
 
 class TimeRows(NamedTuple):
@@ -134,15 +157,17 @@ class Tower(nn.Module):
         self.blocks = nn.ModuleList(TowerBlock(config) for _ in range(config.num_layers))
         self.head = Head(dim, out_dim)
 
-    def text_kv(self, text_LC: torch.Tensor) -> tuple[TextKV, ...]:
-        """Every block's keys and values of a prompt (L, text_dim), zero-padded to text_len rows."""
+    def embed_text(self, text_LC: torch.Tensor) -> EmbeddedText:
+        """A prompt (L, text_dim), zero-padded to text_len rows."""
         rows, text_len = len(text_LC), self.config.text_len
         embedded_LD = self.text_embedding(F.pad(text_LC, (0, 0, 0, text_len - rows)))
         num_rows = torch.tensor(rows, dtype=torch.int32, device=text_LC.device)
-        bound = min(rows + TEXT_STRIDE - 1 - rows % TEXT_STRIDE, text_len)
-        return tuple(
-            TextKV(*cast("TowerBlock", block).cross_attn.text_kv(embedded_LD), num_rows, bound) for block in self.blocks
-        )
+        return EmbeddedText(embedded_LD, num_rows, min(rows + TEXT_STRIDE - 1 - rows % TEXT_STRIDE, text_len))
+
+    def text_kv(self, index: int, text: EmbeddedText) -> TextKV:
+        """A block's keys and values of a prompt."""
+        block = cast("TowerBlock", self.blocks[index])
+        return TextKV(*block.cross_attn.text_kv(text.rows_LD), text.num_rows, text.bound)
 
     def time_rows(self, timestep_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(R,) timesteps -> (R, D) for the head and (R, 6, D) for the blocks, float32."""
@@ -207,10 +232,20 @@ class FusionModel(nn.Module):
             FusedBlock(cast("TowerBlock", video), cast("TowerBlock", audio)) for video, audio in pairs
         ]
 
-    def encode_text(self, video_LC: torch.Tensor, audio_LC: torch.Tensor) -> TextCache:
-        """The prompt rows (L <= text_len, text_dim) each tower attends to, as keys and values of every block."""
+    def encode_texts(self, texts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[TextCache]:
+        """Keys and values of every block for each pair of texts: the rows (L <= text_len, text_dim) that the video
+        tower attends to, and those of the audio tower. Each block is used once, for all of them.
+        """
         dtype = self.video_model.head.head.weight.dtype
-        return TextCache(self.video_model.text_kv(video_LC.to(dtype)), self.audio_model.text_kv(audio_LC.to(dtype)))
+        towers = (self.video_model, self.audio_model)
+        embedded = [
+            [tower.embed_text(rows_LC.to(dtype)) for tower, rows_LC in zip(towers, pair, strict=True)] for pair in texts
+        ]
+        made = [
+            [[tower.text_kv(index, text) for tower, text in zip(towers, pair, strict=True)] for pair in embedded]
+            for index in range(self.config.num_layers)
+        ]
+        return [TextCache(*zip(*(block[prompt] for block in made), strict=True)) for prompt in range(len(texts))]
 
     def rope_tables(self, video_shape: tuple[int, int, int], audio_length: int) -> RopeTables:
         """Rotations for latents (C, *video_shape) and (audio_length, C), on the CPU."""
@@ -228,6 +263,7 @@ class FusionModel(nn.Module):
         ops: Ops,
         *,
         clean_first_frame: bool = False,
+        run_blocks: BlockLoop = run_all,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One prediction for each branch.
 
@@ -239,19 +275,20 @@ class FusionModel(nn.Module):
             rope: from `rope_tables`, on the latents' device.
             ops: implementations of the block's operations, see `Ops`.
             clean_first_frame: latent frame 0 is a given picture; its tokens have timestep 0.
+            run_blocks: how the passes go through the blocks.
 
         Returns:
             Velocities of the latents' shapes, float32.
         """
         per_frame = video_CFHW.shape[2] * video_CFHW.shape[3] // PATCH_AREA
         values = self.transform(
-            self.video_model.embed(video_CFHW),
-            self.audio_model.embed(audio_SC),
+            Tokens(self.video_model.embed(video_CFHW), self.audio_model.embed(audio_SC)),
             self.time_rows(timestep, clean_first_frame=clean_first_frame),
             per_frame if clean_first_frame else 0,
             branches,
             rope,
             ops,
+            run_blocks,
         )
         return [
             (self.video_model.unpatch(video_TP, video_CFHW.shape).float(), audio_out_SC.float())
@@ -266,48 +303,58 @@ class FusionModel(nn.Module):
 
     def transform(
         self,
-        video_TD: torch.Tensor,
-        audio_SD: torch.Tensor,
+        tokens: Tokens,
         time: TimeRows,
         clean: int,
         branches: Sequence[Branch],
         rope: RopeTables,
         ops: Ops,
+        run_blocks: BlockLoop = run_all,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Blocks and heads: tokens to values (T, 4 C) and (S, C) of each branch.
 
         Args:
-            video_TD: video tokens, or a run of them if `ops` and `rope` are made for it.
-            audio_SD: audio tokens.
+            tokens: of the latents; the video's may be a run of them, if `ops` and `rope` are made for it.
             time: from `time_rows`.
             clean: how many of the first video tokens have timestep 0.
             branches: passes to make.
             rope: of these tokens.
             ops: implementations of the blocks' operations.
+            run_blocks: how the passes go through the blocks.
         """
         streams = Stream(time.video_R6D, clean, rope.video, ops.video), Stream(time.audio_R6D, 0, rope.audio, ops.audio)
         half: Half | None = None
         if len(branches) > 1 and self.shares_first_half:
-            half = cast("FusedBlock", self.fused_blocks[0]).begin(video_TD, audio_SD, *streams, ops.together)
-        values = []
-        for branch in branches:
-            blocks = self._block_calls(branch, streams, ops.together, half)
-            video_out_TD, audio_out_SD = branch.run_blocks(blocks, video_TD, audio_SD)
-            video_values_TP = self.video_model.head(video_out_TD, time.video_RD, clean)
-            values.append((video_values_TP, self.audio_model.head(audio_out_SD, time.audio_RD, 0)))
-        return values
+            half = cast("FusedBlock", self.fused_blocks[0]).begin(*tokens, *streams, ops.together)
+        passes = [Pass(tokens, self._block_calls(branch, streams, ops.together, half)) for branch in branches]
+        del half  # the passes let go of it after their first block
+        return [
+            (self.video_model.head(video_TD, time.video_RD, clean), self.audio_model.head(audio_SD, time.audio_RD, 0))
+            for video_TD, audio_SD in run_blocks(passes)
+        ]
 
     def _block_calls(
         self, branch: Branch, streams: tuple[Stream, Stream], together: Together, half: Half | None
-    ) -> list[BlockCall]:
+    ) -> Iterator[BlockCall | None]:
         """The blocks of a branch; the first one goes on from `half` if that is there."""
-
-        def bind(index: int) -> BlockCall:
-            block = cast("FusedBlock", self.fused_blocks[index])
+        for index, module in enumerate(self.fused_blocks):
+            block = cast("FusedBlock", module)
             rest = (*streams, branch.text.video[index], branch.text.audio[index], together)
-            if index == 0 and half is not None:
-                return lambda _video_TD, _audio_SD: block.finish(half, *rest)
-            return lambda video_TD, audio_SD: block(video_TD, audio_SD, *rest)
+            if index and index == branch.skip_layer:
+                yield None
+            elif half is not None:
+                yield partial(_finish, block, half, rest)
+                half = None
+            else:
+                yield partial(_run, block, rest)
 
-        skipped = branch.skip_layer
-        return [bind(index) for index in range(len(self.fused_blocks)) if not index or index != skipped]
+
+_Rest = tuple[Stream, Stream, TextKV, TextKV, Together]
+
+
+def _run(block: FusedBlock, rest: _Rest, tokens: Tokens) -> Tokens:
+    return Tokens(*block(*tokens, *rest))
+
+
+def _finish(block: FusedBlock, half: Half, rest: _Rest, _tokens: Tokens) -> Tokens:
+    return Tokens(*block.finish(half, *rest))

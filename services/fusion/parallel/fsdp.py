@@ -1,13 +1,11 @@
 """Sharded weights: a rank holds its rows of every parameter, and all rows only while it computes with them.
 
-FSDP2 (`fully_shard`, arXiv 2304.11277) gathers one unit of the model after the other: the stems, each block, the heads.
+FSDP2 (`fully_shard`, arXiv 2304.11277) gathers one unit of the model after the other, see `services.fusion.units`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
 from services.fusion.checkpoint import FusionFile
-from services.fusion.model.block import FusedBlock, TowerBlock
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import FusionModel
+from services.fusion.units import Entries, Modules, Units, announce
 from shared.checkpoints import assign_weights
 
 
@@ -30,53 +28,37 @@ class Conveyor:
     do so (a step that reuses an earlier one), and none is gathered.
     """
 
-    def __init__(self, stem: FSDPModule, blocks: Sequence[FSDPModule], heads: FSDPModule, text: FSDPModule) -> None:
+    def __init__(self, text_units: Sequence[FSDPModule], step_units: Sequence[FSDPModule]) -> None:
         """
         Args:
-            stem: what makes tokens and time rows.
-            blocks: in order.
-            heads: what follows the blocks.
-            text: what goes before the blocks when a prompt is encoded.
+            text_units: in the order in which prompts are encoded.
+            step_units: in the order of a step.
         """
-        self._stages = (stem, *blocks, heads)
-        self._text = text
-        self._present: FSDPModule | None = None
-        self._position = 0
-        self._passes = 0
-        self._passes_before = 1
+        self._units = (*text_units, *step_units)
+        self._first_of_step = len(text_units)
+        self._position: int | None = None
+        """Of the unit that is whole; None before the first."""
         self._coming: dict[FSDPModule, UnshardHandle] = {}
 
     def enter(self, position: int) -> None:
-        """Before anything of a pass's unit is used: 0 the stem, 1 the first block, the last the heads."""
-        if self._present is self._stages[position]:
+        """Before anything of a unit is used; position among the text's units and then the step's."""
+        if position == self._position:
             return
-        if position == self._position + 2:
-            self._arrive(self._stages[position - 1], position - 1)
-        self._arrive(self._stages[position], position)
+        if self._position is not None and position == self._position + 2:
+            self._arrive(position - 1)
+        self._arrive(position)
 
-    def enter_text(self) -> None:
-        """Before the text embedding is used."""
-        if self._present is not self._text:
-            self._arrive(self._text, 0)
+    def _arrive(self, position: int) -> None:
+        if self._position is not None:
+            self._units[self._position].reshard()
+        self._begin(position)
+        self._coming.pop(self._units[position]).wait()
+        self._position = position
+        # After the last unit of a step comes the first of the next.
+        self._begin(position + 1 if position + 1 < len(self._units) else self._first_of_step)
 
-    def _arrive(self, unit: FSDPModule, position: int) -> None:
-        if self._present is not None:
-            self._present.reshard()
-        self._begin(unit)
-        self._coming.pop(unit).wait()
-        self._present, self._position = unit, position
-        self._begin(self._next())
-
-    def _next(self) -> FSDPModule:
-        """What probably follows; as many passes follow one visit of the stem as did the time before."""
-        if self._present is self._stages[0]:
-            self._passes_before, self._passes = max(self._passes, 1), 0
-        if self._position + 1 < len(self._stages):
-            return self._stages[self._position + 1]
-        self._passes += 1
-        return self._stages[1] if self._passes < self._passes_before else self._stages[0]
-
-    def _begin(self, unit: FSDPModule) -> None:
+    def _begin(self, position: int) -> None:
+        unit = self._units[position]
         if unit not in self._coming:
             handle = unit.unshard(async_op=True)
             assert handle is not None
@@ -99,43 +81,22 @@ def shard_model(model: FusionModel, mesh: DeviceMesh) -> None:
         mesh: (ranks that share the weights) or (copies, ranks that share a copy).
     """
 
-    def unit(*modules: nn.Module) -> FSDPModule:
+    def sharded(modules: Modules) -> FSDPModule:
         return fully_shard(_Unit(modules), mesh=mesh)
 
-    towers = (model.video_model, model.audio_model)
-    stem = unit(
-        *(tower.patch_embedding for tower in towers),
-        *(tower.time_embedding for tower in towers),
-        *(tower.time_projection for tower in towers),
+    units = Units.of(model)
+    text_units = [sharded(modules) for modules in (units.text, *units.text_blocks)]
+    step_units = [sharded(modules) for modules in (units.stem, *units.blocks, units.heads)]
+    conveyor = Conveyor(text_units, step_units)
+    stem, last = len(text_units), len(text_units) + len(step_units) - 1
+    entries = Entries(
+        text=lambda: conveyor.enter(0),
+        text_block=lambda index: conveyor.enter(1 + index),
+        stem=lambda: conveyor.enter(stem),
+        block=lambda index: conveyor.enter(stem + 1 + index),
+        heads=lambda: conveyor.enter(last),
     )
-    text = unit(*(tower.text_embedding for tower in towers))
-    blocks = [unit(block) for block in model.fused_blocks]
-    heads = unit(*(tower.head for tower in towers))
-    conveyor = Conveyor(stem, blocks, heads, text)
-    for tower in towers:
-        _before(tower, "embed", partial(conveyor.enter, 0))
-        _before(tower, "time_rows", partial(conveyor.enter, 0))
-        _before(tower.text_embedding, "forward", conveyor.enter_text)
-        _before(tower.head, "forward", partial(conveyor.enter, len(blocks) + 1))
-    for position, block in enumerate(model.fused_blocks, start=1):
-        assert isinstance(block, FusedBlock)
-        enter = partial(conveyor.enter, position)
-        for method in ("begin", "finish"):
-            _before(block, method, enter)
-        for half in (block.video, block.audio):
-            assert isinstance(half, TowerBlock)
-            _before(half.cross_attn, "text_kv", enter)
-
-
-def _before(module: nn.Module, method: str, enter: Callable[[], None]) -> None:
-    """Have a module enter its unit before one of its methods runs."""
-    run = getattr(module, method)
-
-    def enter_and_run(*args: Any, **kwargs: Any) -> Any:
-        enter()
-        return run(*args, **kwargs)
-
-    setattr(module, method, enter_and_run)
+    announce(model, entries)
 
 
 def sharded_on_meta(config: FusionConfig, mesh: DeviceMesh, dtype: torch.dtype) -> FusionModel:

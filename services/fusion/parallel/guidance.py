@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from services.fusion.model.fusion import Branch
+from services.fusion.model.fusion import BlockLoop, Branch, run_all
 from services.fusion.parallel.groups import Group
-from services.fusion.sampling.denoise import PLAIN, BranchLoops, Conditions, Forward, Latents, Predictor
+from services.fusion.sampling.denoise import Conditions, Forward, Latents, Predictor
 
 
 def bind_split_guidance(forward: Forward, group: Group) -> Predictor:
@@ -17,16 +17,22 @@ def bind_split_guidance(forward: Forward, group: Group) -> Predictor:
         group: two ranks; index 0 computes the prompt's branch, index 1 the negative one.
     """
 
-    def branch(conditions: Conditions, skip_layer: int, loops: BranchLoops) -> Branch:
+    def branch(conditions: Conditions, skip_layer: int) -> Branch:
         if group.index == 1 and conditions.negative is not None:
-            return Branch(conditions.negative, skip_layer, loops.negative)
-        return Branch(conditions.prompt, 0, loops.prompt)
+            return Branch(conditions.negative, skip_layer)
+        return Branch(conditions.prompt)
 
     def predict(
-        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int, loops: BranchLoops = PLAIN
+        latents: Latents,
+        timestep: torch.Tensor,
+        conditions: Conditions,
+        *,
+        skip_layer: int,
+        run_blocks: BlockLoop = run_all,
     ) -> tuple[Latents, Latents | None]:
         clean = conditions.first_frame_CHW is not None
-        (own,) = forward(latents, timestep, [branch(conditions, skip_layer, loops)], clean_first_frame=clean)
+        branches = [branch(conditions, skip_layer)]
+        (own,) = forward(latents, timestep, branches, clean_first_frame=clean, run_blocks=run_blocks)
         if conditions.negative is None:
             return own, None
         flat = torch.cat([own.video_CFHW.flatten(), own.audio_SC.flatten()])

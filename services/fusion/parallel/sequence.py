@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from services.fusion.model.config import PATCH_AREA
-from services.fusion.model.fusion import Branch, FusionModel, RopeTables
+from services.fusion.model.fusion import BlockLoop, Branch, FusionModel, RopeTables, Tokens, run_all
 from services.fusion.model.layers import Rope
 from services.fusion.model.operations import Ops, TowerOps
 from services.fusion.parallel.groups import Group
@@ -95,6 +95,7 @@ class SequenceParallelModel(nn.Module):
         ops: Ops,
         *,
         clean_first_frame: bool = False,
+        run_blocks: BlockLoop = run_all,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See FusionModel.forward."""
         model, group = self.model, self._group
@@ -105,8 +106,7 @@ class SequenceParallelModel(nn.Module):
         own = slice(start, start + sizes[group.index])
         clean = per_frame if clean_first_frame else 0
         values = model.transform(
-            model.video_model.embed(video_CFHW)[own],
-            model.audio_model.embed(audio_SC),
+            Tokens(model.video_model.embed(video_CFHW)[own], model.audio_model.embed(audio_SC)),
             model.time_rows(timestep, clean_first_frame=clean_first_frame),
             min(max(clean - start, 0), sizes[group.index]),
             branches,
@@ -115,6 +115,7 @@ class SequenceParallelModel(nn.Module):
                 video=replace(ops.video, self_attention=UlyssesAttention(ops.video, group, sizes)),
                 audio=replace(ops.audio, other_attention=SplitKeyAttention(group)),
             ),
+            run_blocks,
         )
         velocities = []
         for video_TP, audio_out_SC in values:

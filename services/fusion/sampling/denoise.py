@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -47,21 +47,17 @@ class Conditions:
     """Latent of the given picture; None for text to video."""
 
 
-class BranchLoops(NamedTuple):
-    """How the blocks are run in the prompt's pass and in the negative one."""
-
-    prompt: BlockLoop = run_all
-    negative: BlockLoop = run_all
-
-
-PLAIN = BranchLoops()
-
-
 class Forward(Protocol):
     """The model for one shape."""
 
     def __call__(
-        self, latents: Latents, timestep: torch.Tensor, branches: Sequence[Branch], *, clean_first_frame: bool
+        self,
+        latents: Latents,
+        timestep: torch.Tensor,
+        branches: Sequence[Branch],
+        *,
+        clean_first_frame: bool,
+        run_blocks: BlockLoop = run_all,
     ) -> list[Latents]:
         """Velocities of each branch, of the latents' shapes, float32."""
         ...
@@ -77,7 +73,7 @@ class Predictor(Protocol):
         conditions: Conditions,
         *,
         skip_layer: int,
-        loops: BranchLoops = PLAIN,
+        run_blocks: BlockLoop = run_all,
     ) -> tuple[Latents, Latents | None]:
         """The prompt's velocities and, unless there is no negative, the negative ones without block `skip_layer`."""
         ...
@@ -125,14 +121,15 @@ def denoise(
     video_solver, audio_solver = FlowSolver(*solver_args), FlowSolver(*solver_args)
     timesteps = torch.tensor(video_solver.timesteps, device=noise.video_CFHW.device)
     cache = StepCache(options.step_cache_threshold, agree) if options.step_cache_threshold else None
-    loops = BranchLoops(cache.run_prompt, cache.run_negative) if cache is not None else PLAIN
+    run_blocks = cache.run if cache is not None else run_all
     latents = noise
     for index in range(options.num_inference_steps):
         start = time.perf_counter()
         latents = with_first_frame(latents, conditions.first_frame_CHW)
         if cache is not None:
             cache.begin_step(must_compute=index in (0, options.num_inference_steps - 1))
-        velocity, negative = predict(latents, timesteps[index], conditions, skip_layer=options.slg_layer, loops=loops)
+        given = (latents, timesteps[index], conditions)
+        velocity, negative = predict(*given, skip_layer=options.slg_layer, run_blocks=run_blocks)
         if negative is not None:
             velocity = guided(velocity, negative, options)
         latents = Latents(
@@ -151,10 +148,15 @@ def bind_forward(model: torch.nn.Module, rope: RopeTables, ops: Ops) -> Forward:
     """A model as a Forward for one shape."""
 
     def forward(
-        latents: Latents, timestep: torch.Tensor, branches: Sequence[Branch], *, clean_first_frame: bool
+        latents: Latents,
+        timestep: torch.Tensor,
+        branches: Sequence[Branch],
+        *,
+        clean_first_frame: bool,
+        run_blocks: BlockLoop = run_all,
     ) -> list[Latents]:
-        tensors = (latents.video_CFHW, latents.audio_SC, timestep)
-        velocities = model(*tensors, branches, rope, ops, clean_first_frame=clean_first_frame)
+        given = (latents.video_CFHW, latents.audio_SC, timestep, branches, rope, ops)
+        velocities = model(*given, clean_first_frame=clean_first_frame, run_blocks=run_blocks)
         return [Latents(*velocity) for velocity in velocities]
 
     return forward
@@ -164,13 +166,19 @@ def bind_guidance(forward: Forward) -> Predictor:
     """A Predictor that makes all passes here."""
 
     def predict(
-        latents: Latents, timestep: torch.Tensor, conditions: Conditions, *, skip_layer: int, loops: BranchLoops = PLAIN
+        latents: Latents,
+        timestep: torch.Tensor,
+        conditions: Conditions,
+        *,
+        skip_layer: int,
+        run_blocks: BlockLoop = run_all,
     ) -> tuple[Latents, Latents | None]:
-        branches = [Branch(conditions.prompt, 0, loops.prompt)]
+        branches = [Branch(conditions.prompt)]
         if conditions.negative is not None:
-            branches.append(Branch(conditions.negative, skip_layer, loops.negative))
+            branches.append(Branch(conditions.negative, skip_layer))
         clean = conditions.first_frame_CHW is not None
-        positive, *negative = forward(latents, timestep, branches, clean_first_frame=clean)
+        made = forward(latents, timestep, branches, clean_first_frame=clean, run_blocks=run_blocks)
+        positive, *negative = made
         return positive, negative[0] if negative else None
 
     return predict

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from services.fusion.model.fusion import Branch, TextCache, run_all
+from services.fusion.model.fusion import BlockLoop, Branch, TextCache, run_all
 from services.fusion.model.operations import TextKV
 from services.fusion.sampling.denoise import Forward, Latents
 
@@ -33,8 +33,8 @@ class GraphedForward:
     """A Forward of one shape; each kind of call runs once as it is, is recorded the second time, then replayed.
 
     The first run chooses and compiles kernels, which cannot be recorded. Recordings share one pool of memory: they
-    never run at the same time. A branch with a block loop of its own decides on the host which blocks it runs; it is
-    never recorded.
+    never run at the same time. A block loop other than the plain one decides on the host which blocks it runs; its
+    calls are never recorded.
     """
 
     def __init__(self, forward: Forward) -> None:
@@ -43,14 +43,21 @@ class GraphedForward:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(
-        self, latents: Latents, timestep: torch.Tensor, branches: Sequence[Branch], *, clean_first_frame: bool
+        self,
+        latents: Latents,
+        timestep: torch.Tensor,
+        branches: Sequence[Branch],
+        *,
+        clean_first_frame: bool,
+        run_blocks: BlockLoop = run_all,
     ) -> list[Latents]:
         """See Forward."""
+        if run_blocks is not run_all:
+            given = (latents, timestep, branches)
+            return self._forward(*given, clean_first_frame=clean_first_frame, run_blocks=run_blocks)
         kind = (clean_first_frame, tuple((branch.skip_layer, branch.text.video[0].bound) for branch in branches))
-        as_it_is = any(branch.run_blocks is not run_all for branch in branches)
-        if as_it_is or kind not in self._recordings:
-            if not as_it_is:
-                self._recordings[kind] = None
+        if kind not in self._recordings:
+            self._recordings[kind] = None
             return self._forward(latents, timestep, branches, clean_first_frame=clean_first_frame)
         recording = self._recordings[kind]
         if recording is None:

@@ -7,11 +7,11 @@ guidance branches and all ranks follow one decision a step, since each of them r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import islice
 
 import torch
 
-from services.fusion.model.fusion import BlockCall, run_all
+from services.fusion.model.fusion import Pass, Tokens, run_all
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 """This rank's sums (tower, [change, size]), float32 -> those of the whole prompt's pass, the same on every rank."""
@@ -22,19 +22,12 @@ def alone(sums_22: torch.Tensor) -> torch.Tensor:
     return sums_22
 
 
-class Tokens(NamedTuple):
-    """Tokens of both towers, or what some blocks add to them."""
+def _plus(a: Tokens, b: Tokens) -> Tokens:
+    return Tokens(*(mine + theirs for mine, theirs in zip(a, b, strict=True)))
 
-    video_TD: torch.Tensor
-    audio_SD: torch.Tensor
 
-    def plus(self, other: Tokens) -> Tokens:
-        """The sum."""
-        return Tokens(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
-    def minus(self, other: Tokens) -> Tokens:
-        """The difference."""
-        return Tokens(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
+def _minus(a: Tokens, b: Tokens) -> Tokens:
+    return Tokens(*(mine - theirs for mine, theirs in zip(a, b, strict=True)))
 
 
 def change_sums(new: Tokens, kept: Tokens) -> torch.Tensor:
@@ -47,9 +40,9 @@ def change_sums(new: Tokens, kept: Tokens) -> torch.Tensor:
 
 
 class StepCache:
-    """The cache of one run; `run_prompt` and `run_negative` are the BlockLoops of its passes.
+    """The cache of one run; `run` is the BlockLoop of its steps.
 
-    The first pass of a step on a rank decides. It compares what block 0 adds with what it added in the last computed
+    The first pass of a step on a rank decides: it compares what block 0 adds with what it added in the last computed
     step, not in the step before: that is the step whose other blocks would be reused, and the distance from it grows
     with every reuse, so no sum over steps is needed.
     """
@@ -62,43 +55,29 @@ class StepCache:
             agree: called on all ranks in every step that may reuse.
         """
         self.reused = False
-        """Whether the present step reuses; known after its first pass."""
+        """Whether the present step reuses; known after its first block."""
         self._threshold = threshold
         self._agree = agree
         self._must_compute = True
-        self._decided = False
         self._first_added: Tokens | None = None
-        self._rest_added: dict[str, Tokens] = {}
+        self._rest_added: list[Tokens] = []
 
     def begin_step(self, *, must_compute: bool) -> None:
-        """Before the passes of a step; the first step of a run must compute."""
-        self._must_compute, self._decided = must_compute, False
+        """Before a step; the first step of a run must compute."""
+        self._must_compute = must_compute
 
-    def run_prompt(
-        self, blocks: Sequence[BlockCall], video_TD: torch.Tensor, audio_SD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """BlockLoop of the prompt's pass."""
-        return self._run("prompt", blocks, Tokens(video_TD, audio_SD))
-
-    def run_negative(
-        self, blocks: Sequence[BlockCall], video_TD: torch.Tensor, audio_SD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """BlockLoop of the negative pass."""
-        return self._run("negative", blocks, Tokens(video_TD, audio_SD))
-
-    def _run(self, branch: str, blocks: Sequence[BlockCall], tokens: Tokens) -> Tokens:
-        first = Tokens(*blocks[0](*tokens))
-        if not self._decided:
-            self._decide(first.minus(tokens))
+    def run(self, passes: Sequence[Pass]) -> list[Tokens]:
+        """The BlockLoop."""
+        first = run_all([Pass(each.tokens, islice(each.blocks, 1)) for each in passes])
+        self._decide(_minus(first[0], passes[0].tokens))
         if self.reused:
-            return first.plus(self._rest_added[branch])
-        last = Tokens(*run_all(blocks[1:], *first))
-        self._rest_added[branch] = last.minus(first)
+            return [_plus(tokens, added) for tokens, added in zip(first, self._rest_added, strict=True)]
+        last = run_all([Pass(tokens, each.blocks) for tokens, each in zip(first, passes, strict=True)])
+        self._rest_added = [_minus(after, before) for after, before in zip(last, first, strict=True)]
         return last
 
     def _decide(self, added: Tokens) -> None:
         self.reused = not self._must_compute and self._change(added) < self._threshold
-        self._decided = True
         if not self.reused:
             self._first_added = added
 

@@ -1,0 +1,109 @@
+"""The parts of the fusion model whose weights come and go together, and when each is needed.
+
+For whoever keeps weights elsewhere: sharded over ranks, or in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from services.fusion.model.block import FusedBlock, TowerBlock
+from services.fusion.model.fusion import FusionModel
+
+Modules = tuple[nn.Module, ...]
+_TEXT_PARTS = ("k", "v", "norm_k")
+"""Of CrossFusion: what makes a prompt's keys and values, once a job."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """Every module with weights, in exactly one unit."""
+
+    text: Modules
+    """Embedding of prompts."""
+    text_blocks: tuple[Modules, ...]
+    """Of each fused block, what makes keys and values of a prompt."""
+    stem: Modules
+    """What makes tokens and time rows."""
+    blocks: tuple[Modules, ...]
+    """Of each fused block, the rest."""
+    heads: Modules
+
+    @classmethod
+    def of(cls, model: FusionModel) -> Units:
+        """The units of a model."""
+        towers = (model.video_model, model.audio_model)
+        return cls(
+            text=tuple(tower.text_embedding for tower in towers),
+            text_blocks=tuple(_text_parts(block) for block in _halves(model)),
+            stem=tuple(
+                part
+                for tower in towers
+                for part in (tower.patch_embedding, tower.time_embedding, tower.time_projection)
+            ),
+            blocks=tuple(_other_parts(block) for block in _halves(model)),
+            heads=tuple(tower.head for tower in towers),
+        )
+
+
+Enter = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What is called before anything of a unit is used; each may be called again while the unit is in use."""
+
+    text: Enter
+    text_block: Callable[[int], None]
+    stem: Enter
+    block: Callable[[int], None]
+    heads: Enter
+
+
+def announce(model: FusionModel, entries: Entries) -> None:
+    """Have the model's own entry points call `entries` from now on."""
+    for tower in (model.video_model, model.audio_model):
+        _before(tower.text_embedding, "forward", entries.text)
+        _before(tower, "embed", entries.stem)
+        _before(tower, "time_rows", entries.stem)
+        _before(tower.head, "forward", entries.heads)
+    for index, halves in enumerate(_halves(model)):
+        for half in halves:
+            _before(half.cross_attn, "text_kv", partial(entries.text_block, index))
+        for method in ("begin", "finish"):
+            _before(model.fused_blocks[index], method, partial(entries.block, index))
+
+
+def _halves(model: FusionModel) -> list[tuple[TowerBlock, TowerBlock]]:
+    pairs = []
+    for block in model.fused_blocks:
+        assert isinstance(block, FusedBlock)
+        pairs.append((block.video, block.audio))
+    return pairs
+
+
+def _text_parts(halves: tuple[TowerBlock, TowerBlock]) -> Modules:
+    return tuple(getattr(half.cross_attn, name) for half in halves for name in _TEXT_PARTS)
+
+
+def _other_parts(halves: tuple[TowerBlock, TowerBlock]) -> Modules:
+    parts: list[nn.Module] = []
+    for half in halves:
+        parts += [module for name, module in half.named_children() if name != "cross_attn"]
+        parts += [module for name, module in half.cross_attn.named_children() if name not in _TEXT_PARTS]
+    return tuple(parts)
+
+
+def _before(module: nn.Module, method: str, enter: Enter) -> None:
+    run = getattr(module, method)
+
+    def enter_and_run(*args: Any, **kwargs: Any) -> Any:
+        enter()
+        return run(*args, **kwargs)
+
+    setattr(module, method, enter_and_run)
