@@ -17,9 +17,9 @@ import torch
 from cli.checkpoints.presets import PRESETS
 from services.fusion.attention import select_attention
 from services.fusion.checkpoint import build, layout
-from services.fusion.fp8 import FP8, has_fp8_products
 from services.fusion.model.config import PATCH_AREA, FusionConfig
 from services.fusion.model.fusion import FusionModel
+from services.fusion.quantization import FP8, has_fp8_products
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 2

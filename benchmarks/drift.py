@@ -34,7 +34,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.common import CLIPS, describe_run, preset, random_model, result_path, save_result
 from benchmarks.fusion import SKIP_LAYER, Subject
 from services.fusion.attention import sdpa
-from services.fusion.fp8 import quantize
 from services.fusion.model.block import TowerBlock
 from services.fusion.model.fusion import FusionModel
 from services.fusion.model.operations import Ops, TowerOps
@@ -44,9 +43,11 @@ from services.fusion.parallel.agreement import bind_agreement
 from services.fusion.parallel.groups import Groups, make_groups
 from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.quantization import quantize
 from services.fusion.sampling.denoise import Latents, Predictor, StepDone, denoise
 from services.fusion.sampling.step_cache import Agree, StepCache
 from shared.group.ranks import Ranks, join_group, rank_device
+from shared.memory.modes import WeightFormat
 from shared.sampling_options import SamplingOptions
 
 DEFAULT = "default"
@@ -149,8 +150,8 @@ def all_ranks(bench: Bench) -> Predictor:
 
 
 def fp8_products(bench: Bench) -> Predictor:
-    """The fp8 tier. Changes the model for good."""
-    quantize(bench.subject.model)
+    """Weights and products in fp8. Changes the model for good."""
+    quantize(bench.subject.model, WeightFormat.FP8)
     if bench.selected.fused:
         pack_projections(bench.subject.model)
     return bench.predictor()

@@ -39,7 +39,6 @@ from benchmarks.common import (
     save_result,
     synchronize,
 )
-from services.fusion.fp8 import Quantization, quantize
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import FusionModel, RopeTables
 from services.fusion.ops import Execution, Kernels, SelectedOps, select_ops
@@ -48,9 +47,11 @@ from services.fusion.parallel.fsdp import own_rows, sharded_on_meta, whole_of
 from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.quantization import quantize
 from services.fusion.sampling.denoise import Conditions, Latents, Predictor, draw_noise
 from shared.checkpoints import assign_weights
 from shared.group.ranks import Ranks, join_group, rank_device
+from shared.memory.modes import WeightFormat
 
 __all__ = ["CLIPS", "Clip", "count_flop", "measure_rates", "median_seconds", "random_model"]
 
@@ -197,15 +198,15 @@ def run_steps(subject: Subject, machine: Machine, plan: ParallelPlan, repeats: i
 
 
 def step_work(
-    config: FusionConfig, clip: Clip, plan: ParallelPlan, rates: Rates, quantization: Quantization
+    config: FusionConfig, clip: Clip, plan: ParallelPlan, rates: Rates, weights: WeightFormat
 ) -> tuple[float, float]:
     """Operations of a step on all ranks in TFLOP, and its floor in seconds; the negative pass leaves out one layer."""
     products, attention = count_flop(config, clip)
     passes = 2 - 1 / config.num_layers
     most = (1 if plan.guidance_degree == 2 else passes) / plan.sequence_degree
     products_s = products / rates.product_flop_per_s
-    if quantization is Quantization.FP8 and rates.fp8_product_flop_per_s is not None:
-        # The first and the last block keep their precision, see services.fusion.fp8.
+    if weights is WeightFormat.FP8 and rates.fp8_product_flop_per_s is not None:
+        # The first and the last block keep their precision, see services.fusion.quantization.
         kept = 2 / config.num_layers
         products_s = kept * products_s + (1 - kept) * products / rates.fp8_product_flop_per_s
     return passes * (products + attention) / 1e12, most * (products_s + attention / rates.attention_flop_per_s)
@@ -255,15 +256,14 @@ def measure_clip(
     alone = run_steps(subject, machine, ALONE, _ALONE_REPEATS) if together else None
     for plan in plans:
         steps = run_steps(subject, machine, plan, machine.repeats)
-        work = step_work(model.config, clip, plan, machine.rates, machine.execution.quantization)
+        work = step_work(model.config, clip, plan, machine.rates, machine.execution.weights)
         yield make_row(name, work, plan, steps, alone if plan != ALONE else None)
 
 
 def make_model(config: FusionConfig, machine: Machine, dtype: torch.dtype) -> FusionModel:
     """A random model, prepared as the service prepares a loaded one."""
     model = random_model(config, machine.device, dtype)
-    if machine.execution.quantization is Quantization.FP8:
-        quantize(model)
+    quantize(model, machine.execution.weights)
     if machine.selected.fused:
         pack_projections(model)
     synchronize(machine.device)
@@ -273,7 +273,7 @@ def make_model(config: FusionConfig, machine: Machine, dtype: torch.dtype) -> Fu
 def variant_of(execution: Execution) -> str:
     """What differs from the services' default, in words; empty if nothing does."""
     default = Execution()
-    words = [execution.quantization.value] if execution.quantization is not default.quantization else []
+    words = [execution.weights.value] if execution.weights is not default.weights else []
     words += [execution.kernels.value] if execution.kernels is not default.kernels else []
     words += ["graphs" if execution.graphs else "no graphs"] if execution.graphs is not default.graphs else []
     return " ".join(words)
@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--plans", default="auto")
     add("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
     add("--graphs", action=argparse.BooleanOptionalAction, help="record steps as CUDA graphs (default: as the service)")
-    add("--quantization", choices=[quantization.value for quantization in Quantization], default="none")
+    add("--weights", choices=[weights.value for weights in WeightFormat], default="native", help="of the wide layers")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--preset", choices=["full", "tiny"], default="full")
     add("--repeats", type=int, default=5)
@@ -334,7 +334,7 @@ def main() -> None:
     plans = parse_plans(args.plans, ranks.world_size, chosen.config.num_heads)
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    execution = Execution(Kernels(args.kernels), args.graphs, Quantization(args.quantization))
+    execution = Execution(Kernels(args.kernels), args.graphs, WeightFormat(args.weights))
     selected = select_ops(device, dtype, execution.kernels)
     machine = Machine(device, selected, execution, measure_rates(device, dtype), args.repeats)
     if cuda:

@@ -15,7 +15,7 @@ STAGES = ("text_encoder", "fusion", "vae")
 GATEWAY = "gateway"
 
 QUANTIZATIONS = ("none", "fp8")
-"""See services.fusion.fp8; anything but none is lossy."""
+"""See services.fusion.quantization; anything but none is lossy."""
 
 _LOOPBACK = "127.0.0.1"
 _RESTARTS = ("--max-restarts", "1000", "--monitor-interval", "0.2")
@@ -144,7 +144,8 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     arguments += ["--device", device, "--grace-s", str(options.grace_s)]
     ranks = {"fusion": options.gpus, "vae": options.vae_ranks}.get(name, 1)
     if name == "fusion":
-        arguments += ["--quantization", options.quantization, "--plan", options.plan]
+        weights = "native" if options.quantization == "none" else options.quantization
+        arguments += ["--weights", weights, "--plan", options.plan]
     return _service(options, name, f"{_LOOPBACK}:{port}", arguments, ranks)
 
 

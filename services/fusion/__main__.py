@@ -13,7 +13,6 @@ from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from services.fusion.checkpoint import largest_model_bytes
 from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
-from services.fusion.fp8 import Quantization
 from services.fusion.group import LeadingEngine, follow, share_plan
 from services.fusion.model.config import RELEASED
 from services.fusion.ops import Execution, Kernels
@@ -24,6 +23,7 @@ from shared.errors import EXIT_BAD_CONFIG
 from shared.group.ranks import Ranks, end_torchrun, end_with_parent, join_group, rank_device
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
+from shared.memory.modes import WeightFormat
 from shared.service_main import StageOptions, refusing_bad_checkpoints, run_service, stage_options, stage_parser
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
@@ -84,8 +84,8 @@ def run_follower(options: FusionOptions) -> None:
     follow(engine, fellowship)
 
 
-def _choose_plan(name: str, stage: StageOptions, quantization: Quantization, ranks: Ranks) -> ParallelPlan:
-    lossless = quantization is Quantization.NONE
+def _choose_plan(name: str, stage: StageOptions, weights: WeightFormat, ranks: Ranks) -> ParallelPlan:
+    lossless = weights is WeightFormat.NATIVE
     weight_bytes, device_bytes = 0, None
     if stage.device.type == "cuda" and lossless:
         weight_bytes = largest_model_bytes(stage.checkpoints, stage.precision)
@@ -99,7 +99,7 @@ def _choose_plan(name: str, stage: StageOptions, quantization: Quantization, ran
         device_bytes=device_bytes,
     )
     if plan.weights_degree > 1 and not lossless:
-        raise ValueError(f"the plan {name} shares weights as they are stored; it needs --quantization none")
+        raise ValueError(f"the plan {name} shares weights as they are stored; it needs --weights native")
     get_logger(__name__).info(
         "plan", name=name, plan=plan.describe(), weight_bytes=weight_bytes, gpu_bytes=device_bytes
     )
@@ -123,10 +123,11 @@ def main() -> None:
         help="record steps as CUDA graphs (default: where several ranks share a pass)",
     )
     parser.add_argument(
-        "--quantization",
-        choices=[quantization.value for quantization in Quantization],
-        default="none",
-        help="fp8: lossy products of the wide layers, faster on Ada and Hopper (default: %(default)s)",
+        "--weights",
+        choices=[weights.value for weights in WeightFormat],
+        default="native",
+        help="of the wide layers; fp8 and int8 are lossy and half as large, fp8 is faster on Ada and Hopper"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--plan",
@@ -140,9 +141,9 @@ def main() -> None:
     configure_logging("fusion", level=args.log_level, rank=ranks.rank)
     stage = stage_options(args)
     stage = replace(stage, device=rank_device(stage.device, ranks))
-    execution = Execution(Kernels(args.kernels), args.graphs, Quantization(args.quantization))
+    execution = Execution(Kernels(args.kernels), args.graphs, WeightFormat(args.weights))
     try:
-        plan = _choose_plan(args.plan, stage, execution.quantization, ranks)
+        plan = _choose_plan(args.plan, stage, execution.weights, ranks)
         options = FusionOptions(stage, args.model, execution, ranks, plan)
     except ValueError as error:
         get_logger(__name__).error("cannot start", reason=str(error))

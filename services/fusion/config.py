@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from services.fusion.fp8 import Quantization, has_fp8_products
 from services.fusion.ops import Execution, Kernels
 from services.fusion.parallel.plan import ParallelPlan
+from services.fusion.quantization import has_fp8_products
 from shared.group.ranks import Ranks
+from shared.memory.modes import WeightFormat
 from shared.service_main import StageOptions
 
 
@@ -32,6 +33,6 @@ class FusionOptions:
             raise ValueError("--graphs needs CUDA and a plan in which every GPU holds all weights; leave it out")
         if self.execution.kernels is Kernels.FUSED and self.stage.device.type != "cuda":
             raise ValueError(f"--kernels fused needs CUDA, the device is {self.stage.device}; leave it out")
-        fp8_products = self.execution.quantization is Quantization.FP8 and has_fp8_products(self.stage.device)
+        fp8_products = self.execution.weights is WeightFormat.FP8 and has_fp8_products(self.stage.device)
         if fp8_products and self.stage.precision is not torch.bfloat16:
-            raise ValueError("--quantization fp8 needs --precision bfloat16 on this GPU")
+            raise ValueError("--weights fp8 needs --precision bfloat16 on this GPU")

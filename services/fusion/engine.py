@@ -126,7 +126,7 @@ class FusionEngine:
         """Of the products, in words."""
         name = str(self._dtype).removeprefix("torch.")
         weights = self._execution.weights
-        return f"{name} arithmetic" if weights is WeightFormat.NATIVE else f"{weights.value} weights, {name} arithmetic"
+        return f"{name} arithmetic" if weights is WeightFormat.NATIVE else f"held in {weights.value}, {name} arithmetic"
 
     def load(self, model: str) -> FusionModel:
         """The model of this variant on the device; the one before is freed first.

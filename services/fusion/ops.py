@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from services.fusion.attention import select_attention
-from services.fusion.fp8 import Fp8Operations, Quantization, has_fp8_products
 from services.fusion.model.operations import KV, Ops, TextKV
+from services.fusion.quantization import Fp8Operations, has_fp8_products
+from shared.memory.modes import WeightFormat
 
 
 class Kernels(enum.Enum):
@@ -30,8 +31,8 @@ class Execution:
     kernels: Kernels = Kernels.AUTO
     graphs: bool | None = None
     """Steps are recorded as CUDA graphs; None: where it pays, see parallelize.make_predictor."""
-    quantization: Quantization = Quantization.NONE
-    """Of the wide layers."""
+    weights: WeightFormat = WeightFormat.NATIVE
+    """How the wide layers are held, see services.fusion.quantization."""
 
 
 @dataclass(frozen=True)

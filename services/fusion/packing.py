@@ -25,14 +25,19 @@ def joint_rows(tensors: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def pack_projections(model: FusionModel) -> None:
+def pack_block(block: TowerBlock) -> None:
     """Move weights and biases of q, k, v and of k_fusion, v_fusion next to each other; names and values stay."""
+    own, cross = block.self_attn, block.cross_attn
+    _pack((own.q, own.k, own.v))
+    _pack((cross.k_fusion, cross.v_fusion))
+
+
+def pack_projections(model: FusionModel) -> None:
+    """The same in every block of both towers."""
     for tower in (model.video_model, model.audio_model):
         for block in tower.blocks:
             assert isinstance(block, TowerBlock)
-            own, cross = block.self_attn, block.cross_attn
-            _pack((own.q, own.k, own.v))
-            _pack((cross.k_fusion, cross.v_fusion))
+            pack_block(block)
 
 
 def _pack(layers: tuple[nn.Module, ...]) -> None:

@@ -14,11 +14,11 @@ from benchmarks import collectives, spans
 from benchmarks.common import Clip, Rates, count_flop, random_model
 from benchmarks.fusion import parse_plans, step_work
 from benchmarks.stack import busy_spans
-from services.fusion.fp8 import Quantization
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import Branch
 from services.fusion.model.operations import Ops
 from services.fusion.parallel.plan import ParallelPlan
+from shared.memory.modes import WeightFormat
 
 CONFIG = FusionConfig(dim=48, ffn_dim=64, freq_dim=32, text_dim=24, num_heads=4, num_layers=3, text_len=16)
 CLIP = Clip(frames=3, height=8, width=6, audio_length=11)
@@ -79,14 +79,14 @@ def test_counted_operations_of_blocks_agree_with_torchs_counter() -> None:
 def test_floor_is_that_of_the_busiest_rank() -> None:
     rates = Rates(1e12, attention_flop_per_s=1e12, copy_bytes_per_s=1e12, fp8_product_flop_per_s=2e12)
     one_pass = sum(count_flop(CONFIG, CLIP)) / 1e12
-    alone_tflop, alone_s = step_work(CONFIG, CLIP, ParallelPlan(1, 1), rates, Quantization.NONE)
+    alone_tflop, alone_s = step_work(CONFIG, CLIP, ParallelPlan(1, 1), rates, WeightFormat.NATIVE)
     assert alone_tflop == pytest.approx(one_pass * 5 / 3), "the negative pass leaves out one of three layers"
     assert alone_s == pytest.approx(alone_tflop)
-    guided_tflop, guided_s = step_work(CONFIG, CLIP, ParallelPlan(2, 2), rates, Quantization.NONE)
+    guided_tflop, guided_s = step_work(CONFIG, CLIP, ParallelPlan(2, 2), rates, WeightFormat.NATIVE)
     assert guided_tflop == alone_tflop
     assert guided_s == pytest.approx(one_pass / 2)
     products, _ = count_flop(CONFIG, CLIP)
-    _, fp8_s = step_work(CONFIG, CLIP, ParallelPlan(2, 1), rates, Quantization.FP8)
+    _, fp8_s = step_work(CONFIG, CLIP, ParallelPlan(2, 1), rates, WeightFormat.FP8)
     assert fp8_s == pytest.approx(one_pass - products / 1e12 / 6), "one of three layers takes half the time"
 
 

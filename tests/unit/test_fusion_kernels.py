@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU, against the reference operations; packing; the fp8 layers."""
+"""The Triton kernels, interpreted on the CPU, against the reference operations; packing."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ import pytest
 import torch
 
 from services.fusion.checkpoint import build, layout
-from services.fusion.engine import FusionEngine
-from services.fusion.fp8 import FP8, Fp8Linear, Quantization, quantize, quantize_rows
 from services.fusion.model import operations
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.layers import Affine, Rope
-from services.fusion.ops import Execution, Kernels, select_ops
+from services.fusion.ops import Kernels, select_ops
 from services.fusion.packing import joint_rows, pack_projections
-from services.fusion.request import RunInputs, RunSpec
-from shared.sampling_options import SamplingOptions
-from tests.fusion_checkpoint import SMALL as CHECKPOINT
-from tests.fusion_checkpoint import write_variant
+from services.fusion.quantization import FP8, quantize_rows
 
 SMALL = FusionConfig(dim=48, ffn_dim=80, freq_dim=16, text_dim=24, num_heads=2, num_layers=3, text_len=8)
 FLOAT32_TOLERANCE = 2e-5
@@ -139,43 +134,6 @@ def test_packing_moves_weights_and_changes_none() -> None:
     assert torch.equal(joint, torch.cat([own.q.weight, own.k.weight, own.v.weight]))
 
 
-def test_fp8_replaces_the_wide_layers_of_the_inner_blocks_only() -> None:
-    model = small_model()
-    quantize(model)
-    pack_projections(model)
-    blocks = model.video_model.blocks
-    assert [isinstance(block.ffn[0], Fp8Linear) for block in blocks] == [False, True, False]
-    own = blocks[1].self_attn
-    joint = joint_rows([own.q.weight, own.k.weight, own.v.weight])
-    assert joint is not None
-    assert joint.dtype == FP8
-
-
-def test_an_fp8_layer_is_near_its_origin() -> None:
-    layer = torch.nn.Linear(64, 32)
-    x = normal(9, 64, seed=2)
-    ours, expected = Fp8Linear(layer)(x), layer(x)
-    # e4m3 has 3 bits after the point: each weight is off by up to 1/16 of itself, errors of 64 products average out.
-    assert (ours - expected).norm() < 0.05 * expected.norm()
-    assert (ours - expected).norm() > 0
-
-
 def test_fused_kernels_are_refused_where_they_cannot_run() -> None:
     with pytest.raises(ValueError, match="CUDA"):
         select_ops(torch.device("cpu"), torch.float32, Kernels.FUSED)
-
-
-def test_fp8_is_near_and_says_so(tmp_path) -> None:
-    model = "720x720_5s"
-    write_variant(tmp_path, model)
-    results = {}
-    for quantization in Quantization:
-        engine = FusionEngine(tmp_path, torch.device("cpu"), torch.float32, Execution(quantization=quantization))
-        engine.discover()
-        prompt = torch.randn(5, CHECKPOINT.text_dim, generator=torch.Generator().manual_seed(3))
-        spec = RunSpec(model, 64, 64, SamplingOptions(2, 1.0, 1.0, slg_layer=0))
-        *_, results[quantization] = engine.denoise(spec, RunInputs(prompt, None, None, None))
-        assert ("fp8" in engine.arithmetic) == (quantization is Quantization.FP8)
-    exact, ours = (results[q].video_CFHW for q in (Quantization.NONE, Quantization.FP8))
-    # e4m3 keeps 3 bits after the point; the largest error of a weight is 1/16 of it, and most average out.
-    assert 0 < (ours - exact).norm() < 0.1 * exact.norm()

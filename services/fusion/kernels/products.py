@@ -6,6 +6,7 @@ import torch
 
 from services.fusion.model import operations
 from services.fusion.packing import joint_rows
+from services.fusion.quantization import QuantizedLinear
 
 
 def linears(layers: tuple[torch.nn.Module, ...], x_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -20,7 +21,12 @@ def linears(layers: tuple[torch.nn.Module, ...], x_TD: torch.Tensor) -> tuple[to
 
 def feed_forward(linear_in: torch.nn.Module, linear_out: torch.nn.Module, x_TD: torch.Tensor) -> torch.Tensor:
     """See FeedForward; the activation is applied as the first product's result leaves the chip."""
-    if not isinstance(linear_in, torch.nn.Linear):
+    if isinstance(linear_in, QuantizedLinear):
+        weight = linear_in.weight_in(x_TD.dtype)
+    elif isinstance(linear_in, torch.nn.Linear):
+        weight = linear_in.weight
+    else:
         return operations.feed_forward(linear_in, linear_out, x_TD)
-    hidden = torch.ops.aten._addmm_activation(linear_in.bias, x_TD, linear_in.weight.t(), use_gelu=True)
+    hidden = torch.ops.aten._addmm_activation(linear_in.bias, x_TD, weight.t(), use_gelu=True)
+    del weight
     return linear_out(hidden)

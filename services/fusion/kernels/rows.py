@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from services.fusion.fp8 import FP8, LARGEST, SMALLEST_AMAX
 from services.fusion.model.layers import EPS, Affine, Rope
+from services.fusion.quantization import FP8, LARGEST, SMALLEST_AMAX
 
 _ROW_WARPS = 8
 
@@ -137,12 +137,13 @@ def residual_norms(
     tokens, dim = x_TD.shape
     sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
     outs = tuple(torch.empty_like(x_TD) for _ in affines)
-    rows = [Affine(_rows(affine.scale_RD), _rows(affine.shift_RD)) for affine in affines]
+    # The kernel wants rows that lie densely.
+    rows = [Affine(affine.scale_RD.contiguous(), affine.shift_RD.contiguous()) for affine in affines]
     arguments: list[torch.Tensor] = []
     for index in range(2):
         # A pointer that the kernel leaves alone stands for what is not there.
         arguments += [*rows[index], outs[index]] if index < len(affines) else [x_TD, x_TD, x_TD]
-    gate_RD = x_TD if gate_RD is None else _rows(gate_RD)
+    gate_RD = x_TD if gate_RD is None else gate_RD.contiguous()
     _residual_norms_kernel[(tokens,)](
         x_TD,
         x_TD if y_TD is None else y_TD.contiguous(),
@@ -161,11 +162,6 @@ def residual_norms(
         num_warps=_ROW_WARPS,
     )
     return sum_TD, outs
-
-
-def _rows(values_RD: torch.Tensor) -> torch.Tensor:
-    """Rows that lie densely, as the kernel wants scale and shift to."""
-    return values_RD.contiguous()
 
 
 def _row_stride(values_RD: torch.Tensor) -> int:
@@ -221,7 +217,7 @@ def _launch_quantize(x_TD: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torc
 
 
 def quantize_rows(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fp8.QuantizeRows."""
+    """See quantization.QuantizeRows."""
     return _launch_quantize(x_TD, gelu=False)
 
 
