@@ -1,0 +1,241 @@
+"""What the stages take of a device, by component. Pure arithmetic, from counts of tensors that live at the same time.
+
+T video tokens of a rank, D model width; a "tensor" is one (T, D) in the arithmetic's precision unless said otherwise.
+Counts are read off services/fusion/model/block.py and parallel/sequence.py; together with the constants they were
+compared with measured peaks on H200s, see tests/unit/test_memory_estimate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from shared.memory.modes import TextEncoderPlace, WeightFormat
+from shared.memory.sizes import ClipTokens, FusionSizes, TextEncoderSizes, VaeSizes
+
+RING_BLOCKS = 3
+"""Device buffers that streamed blocks, or layers of the text encoder, pass through: one in use, two on their way."""
+CONTEXT_BYTES = 512 << 20
+"""Of a process that uses a GPU: CUDA's context with the kernels of torch, cuBLAS and cuDNN. Measured, H200."""
+WORKSPACE_BYTES = 72 << 20
+"""cuBLAS's, of two streams; from the measured peaks."""
+PICTURE_SIDE = 16
+"""Pixels of a latent pixel's side."""
+
+_SCALE_BYTES = 4
+"""Of a quantized row's scale."""
+_FP8_BYTES = 1
+_TOKENS_BEFORE_BLOCKS = 1
+"""The tokens that the stem made; the step keeps them until its end."""
+_FEED_FORWARD_TENSORS = 8
+"""Beside the hidden values, as the second product ends: the block's input, its state after self-attention and both
+norms of it, its state after cross attention, what that added, the normed input and the result."""
+_ATTENTION_TENSORS = 9
+"""Input, norm, q, k, v together, q and k normed and rotated, attended, projected."""
+_SHARED_SEQUENCE_TENSORS = 16
+"""The same with a sequence over several ranks, without the projection: besides, 3 sent, 3 received and 2 returned."""
+_SECOND_PASS_TENSORS = 2
+"""Of the other pass, which goes through each block right before or after: its tokens before and after the block."""
+_LATENT_COPIES = 5
+"""Float32 latents at once: the step's, its predictions, what the solver remembers."""
+_LATENT_VALUES = 192
+"""Of a video token: 48 channels of 4 latent pixels."""
+_ROPE_BYTES = 8
+"""Of the rotation of two values of a head."""
+_GATHERED_BLOCKS = 2
+"""Of sharded weights, whole at a time: the one in use and the next one."""
+
+_CARRIED_BYTES_PER_PIXEL = 3300
+"""Of the decoder, per picture pixel of one frame: past frames, and what does not grow with the frames of a step."""
+_BYTES_PER_PIXEL_AND_LATENT_FRAME = 8010
+"""Of the decoder, per picture pixel and latent frame of a step, at the widest place of its last level."""
+_DECODER_DIM = 256
+_DECODER_ITEMSIZE = 2
+"""Width and precision at which the two above were measured."""
+_SOUND_BYTES = 256 << 20
+"""Activations of audio VAE and vocoder."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """Bytes of a device by what they are for. They are there at the same time."""
+
+    by_name: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_name", MappingProxyType(dict(self.by_name)))
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.by_name.values())
+
+    def without(self, *names: str) -> Components:
+        """The others."""
+        return Components({name: size for name, size in self.by_name.items() if name not in names})
+
+
+@dataclass(frozen=True)
+class FusionLayout:
+    """Where the fusion model's weights are, and how its work is cut."""
+
+    weights: WeightFormat
+    num_resident: int
+    """Fused blocks that stay on the device; the others pass through a ring."""
+    token_chunk: int | None
+    """Video tokens that go through a feed-forward at once; None: all."""
+    keep_ends: bool
+    """First and last block, which fp8 leaves in their precision, are among the resident ones."""
+
+    def resident_blocks(self, num_layers: int) -> frozenset[int]:
+        """Which blocks stay: spread evenly, so that copies of the others are spread over the step.
+
+        Raises:
+            ValueError: not that many blocks, or too few for both ends.
+        """
+        ends = {0, num_layers - 1} if self.keep_ends else set()
+        if not len(ends) <= self.num_resident <= num_layers:
+            raise ValueError(f"num_resident must be {len(ends)} to {num_layers}, got {self.num_resident}")
+        others = [index for index in range(num_layers) if index not in ends]
+        wanted = self.num_resident - len(ends)
+        return frozenset(ends | {others[(2 * turn + 1) * len(others) // (2 * wanted)] for turn in range(wanted)})
+
+
+@dataclass(frozen=True)
+class VaeLayout:
+    """How the video decoder's work is cut."""
+
+    latent_frames_per_step: int
+    tile_latent_side: int | None
+    """Latent rows and columns of a tile; None: whole pictures."""
+
+
+def block_bytes(sizes: FusionSizes, weights: WeightFormat, index: int) -> int:
+    """Of one fused block of both towers."""
+    in_fp8 = weights is WeightFormat.FP8 and 0 < index < sizes.num_layers - 1
+    if in_fp8 or weights is WeightFormat.INT8:
+        wide = sizes.wide_params_per_block + _SCALE_BYTES * sizes.wide_rows_per_block
+    else:
+        wide = sizes.wide_params_per_block * sizes.itemsize
+    return wide + sizes.block_bytes_rest
+
+
+def fusion_weight_bytes(sizes: FusionSizes, weights: WeightFormat) -> int:
+    """Of the whole model."""
+    return sum(block_bytes(sizes, weights, index) for index in range(sizes.num_layers)) + sizes.other_bytes
+
+
+def estimate_fusion(
+    sizes: FusionSizes,
+    clip: ClipTokens,
+    layout: FusionLayout,
+    sequence_degree: int = 1,
+    guidance_degree: int = 1,
+    weights_degree: int = 1,
+) -> Components:
+    """What a rank's process takes while it makes a step.
+
+    Args:
+        sizes: of the model.
+        clip: what is made.
+        layout: of weights and work.
+        sequence_degree: ranks that share the video tokens.
+        guidance_degree: 2: the passes are made by different ranks.
+        weights_degree: ranks that share one copy of the weights; above 1 nothing may be streamed or quantized.
+
+    Raises:
+        ValueError: see FusionLayout.resident_blocks; or shared weights that are streamed or quantized.
+    """
+    prompt_bytes = 4 * sizes.num_layers * sizes.text_len * sizes.dim * sizes.itemsize
+    own_passes = max(1, clip.passes // guidance_degree)
+    components = _weights(sizes, layout, weights_degree)
+    components["text keys and values"] = clip.passes * prompt_bytes
+    if sequence_degree > 1 and weights_degree == 1:
+        components["recorded steps"] = own_passes * prompt_bytes
+    components["activations"] = _activations(sizes, clip, layout, sequence_degree, own_passes)
+    components["workspaces"] = WORKSPACE_BYTES
+    components["CUDA context"] = CONTEXT_BYTES
+    return Components(components)
+
+
+def _weights(sizes: FusionSizes, layout: FusionLayout, weights_degree: int) -> dict[str, int]:
+    every = [block_bytes(sizes, layout.weights, index) for index in range(sizes.num_layers)]
+    resident = layout.resident_blocks(sizes.num_layers)
+    streamed = [size for index, size in enumerate(every) if index not in resident]
+    if weights_degree > 1:
+        if streamed or layout.weights is not WeightFormat.NATIVE:
+            raise ValueError("shared weights can be neither streamed nor quantized")
+        share = -(-(sum(every) + sizes.other_bytes) // weights_degree)
+        return {"weights": share, "gathered blocks": _GATHERED_BLOCKS * max(every)}
+    weights = {"weights": sum(every[index] for index in resident) + sizes.other_bytes}
+    if streamed:
+        weights["ring"] = min(RING_BLOCKS, len(streamed)) * max(streamed)
+    return weights
+
+
+def _activations(
+    sizes: FusionSizes, clip: ClipTokens, layout: FusionLayout, sequence_degree: int, own_passes: int
+) -> int:
+    row = sizes.dim * sizes.itemsize
+    own = -(-clip.video // sequence_degree) + clip.audio
+    whole = clip.video + clip.audio
+    at_once = own if layout.token_chunk is None else min(layout.token_chunk, own)
+    hidden = at_once * sizes.ffn_dim * sizes.itemsize
+    if layout.weights is WeightFormat.FP8:
+        hidden += at_once * sizes.ffn_dim * _FP8_BYTES
+    if layout.weights is not WeightFormat.NATIVE:
+        hidden = max(hidden, at_once * sizes.ffn_dim * sizes.itemsize + _widened(sizes, layout.weights))
+    attention = _SHARED_SEQUENCE_TENSORS if sequence_degree > 1 else _ATTENTION_TENSORS
+    inside = max(_FEED_FORWARD_TENSORS * own * row + hidden, attention * own * row)
+    beside = _SECOND_PASS_TENSORS * (own_passes - 1) * own * row
+    kept = _TOKENS_BEFORE_BLOCKS * whole * row
+    kept += whole * (_LATENT_COPIES * _LATENT_VALUES * 4 + sizes.dim // sizes.num_heads // 2 * _ROPE_BYTES)
+    return inside + beside + kept
+
+
+def _widened(sizes: FusionSizes, weights: WeightFormat) -> int:
+    """The largest weight in the arithmetic's precision, where products need it so; for fp8 twice for a moment."""
+    return sizes.ffn_dim * sizes.dim * sizes.itemsize * (2 if weights is WeightFormat.FP8 else 1)
+
+
+def estimate_vae(sizes: VaeSizes, height: int, width: int, layout: VaeLayout, ranks: int = 1) -> Components:
+    """What a rank's process takes while it decodes pictures of height x width pixels and their sound.
+
+    Args:
+        sizes: of the networks.
+        height: of a picture, a multiple of 32.
+        width: of a picture.
+        layout: of the work.
+        ranks: that share a picture in stripes of full latent rows.
+    """
+    rows = -(-(height // PICTURE_SIDE) // ranks)
+    columns = width // PICTURE_SIDE
+    if layout.tile_latent_side is not None:
+        rows, columns = min(rows, layout.tile_latent_side), min(columns, layout.tile_latent_side)
+    pixels = rows * columns * PICTURE_SIDE**2
+    per_pixel = _CARRIED_BYTES_PER_PIXEL + _BYTES_PER_PIXEL_AND_LATENT_FRAME * layout.latent_frames_per_step
+    wider = sizes.decoder_dim * sizes.itemsize / (_DECODER_DIM * _DECODER_ITEMSIZE)
+    activations = int(pixels * per_pixel * wider)
+    return Components(
+        {
+            "weights": sizes.decoder_bytes + sizes.encoder_bytes + sizes.sound_bytes,
+            "activations": activations + _SOUND_BYTES,
+            "workspaces": WORKSPACE_BYTES,
+            "CUDA context": CONTEXT_BYTES,
+        }
+    )
+
+
+def estimate_text_encoder(sizes: TextEncoderSizes, place: TextEncoderPlace) -> Components:
+    """What the process takes of the device while it encodes a prompt of the greatest length; nothing on a CPU."""
+    if place is TextEncoderPlace.CPU:
+        return Components()
+    # Scores and their softmax in float32 for every head; rows are small beside them.
+    activations = 2 * 4 * sizes.num_heads * sizes.max_tokens**2 + 16 * 4 * sizes.max_tokens * sizes.dim
+    components = {"activations": activations, "workspaces": WORKSPACE_BYTES, "CUDA context": CONTEXT_BYTES}
+    if place is TextEncoderPlace.RESIDENT:
+        weights = sizes.num_layers * sizes.layer_bytes + sizes.embedding_bytes + sizes.other_bytes
+        return Components({"weights": weights, **components})
+    ring = min(RING_BLOCKS, sizes.num_layers) * sizes.layer_bytes
+    return Components({"ring": ring, "weights": sizes.other_bytes, **components})

@@ -1,0 +1,196 @@
+"""Sizes against the real modules; estimates against measured peaks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cli.checkpoints.presets import PRESETS
+from services.fusion.model.config import RELEASED, FusionConfig
+from services.fusion.model.fusion import FusionModel
+from services.fusion.quantization import quantize
+from services.fusion.units import Units
+from services.text_encoder.checkpoint import build_encoder
+from services.text_encoder.config import MAX_TOKENS
+from services.vae.model.audio_vae import AudioVae
+from services.vae.model.video_decoder import VideoDecoder
+from services.vae.model.video_vae import wan_network
+from services.vae.model.vocoder import Vocoder
+from services.vae.ops import FusedOps
+from shared.memory.estimate import (
+    CONTEXT_BYTES,
+    FusionLayout,
+    VaeLayout,
+    block_bytes,
+    estimate_fusion,
+    estimate_text_encoder,
+    estimate_vae,
+    fusion_weight_bytes,
+)
+from shared.memory.modes import TextEncoderPlace, WeightFormat
+from shared.memory.sizes import (
+    RELEASED_FUSION,
+    RELEASED_TEXT_ENCODER,
+    RELEASED_VAE,
+    ClipTokens,
+    FusionSizes,
+    TextEncoderSizes,
+    VaeSizes,
+)
+
+GIB = 2**30
+CLIPS = {
+    "720x720_5s": ClipTokens.of_seconds(5, 736, 704),
+    "960x960_5s": ClipTokens.of_seconds(5, 960, 960),
+    "960x960_10s": ClipTokens.of_seconds(10, 960, 960),
+}
+TINY = PRESETS["tiny"].fusion
+
+
+def num_bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for value in module.state_dict().values())
+
+
+def fusion_sizes(config: FusionConfig, itemsize: int = 2) -> FusionSizes:
+    return FusionSizes.of_widths(**dataclasses.asdict(config), itemsize=itemsize)
+
+
+def meta_model(config: FusionConfig, dtype: torch.dtype) -> FusionModel:
+    with torch.device("meta"):
+        return FusionModel(config).to(dtype)
+
+
+def test_the_released_sizes_are_those_of_the_released_widths() -> None:
+    assert fusion_sizes(RELEASED) == RELEASED_FUSION
+    released = dataclasses.asdict(PRESETS["full"].text_encoder)
+    assert TextEncoderSizes.of_widths(**released, max_tokens=MAX_TOKENS) == RELEASED_TEXT_ENCODER
+
+
+@pytest.mark.parametrize(("config", "dtype"), [(RELEASED, torch.bfloat16), (TINY, torch.float32)])
+def test_fusion_sizes_are_those_of_the_module(config: FusionConfig, dtype: torch.dtype) -> None:
+    model, sizes = meta_model(config, dtype), fusion_sizes(config, dtype.itemsize)
+    text_parts = Units.of(model).text_blocks[3]
+    assert num_bytes(model.fused_blocks[3]) == block_bytes(sizes, WeightFormat.NATIVE, 3)
+    assert sum(num_bytes(part) for part in text_parts) == sizes.text_bytes_per_block
+    assert num_bytes(model) == fusion_weight_bytes(sizes, WeightFormat.NATIVE)
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.FP8, WeightFormat.INT8])
+def test_quantized_sizes_are_those_of_a_quantized_model(weights: WeightFormat) -> None:
+    model = FusionModel(TINY)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    quantize(model, weights)
+    sizes = fusion_sizes(TINY, 4)
+    for index, block in enumerate(model.fused_blocks):
+        assert num_bytes(block) == block_bytes(sizes, weights, index)
+    assert num_bytes(model) == fusion_weight_bytes(sizes, weights)
+
+
+def tensors_of(value: Any, found: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        found[id(value)] = value
+    elif dataclasses.is_dataclass(value):
+        tensors_of([getattr(value, each.name) for each in dataclasses.fields(value)], found)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            tensors_of(each, found)
+    return found
+
+
+def test_vae_sizes_are_those_of_the_modules() -> None:
+    preset = PRESETS["full"]
+    with torch.device("meta"):
+        network: Any = wan_network(preset.video_vae)
+        sound = AudioVae(preset.audio_vae), Vocoder(preset.vocoder)
+    decoder = VideoDecoder(network, FusedOps(None), torch.device("meta"), torch.bfloat16)
+    encoder = num_bytes(network.encoder.to(torch.bfloat16)) + num_bytes(network.quant_conv.to(torch.bfloat16))
+    assert (
+        VaeSizes(
+            decoder_bytes=sum(value.nbytes for value in tensors_of(list(vars(decoder).values()), {}).values()),
+            encoder_bytes=encoder,
+            sound_bytes=sum(map(num_bytes, sound)),
+            decoder_dim=preset.video_vae.decoder_base_dim,
+            itemsize=2,
+        )
+        == RELEASED_VAE
+    )
+
+
+def test_text_encoder_sizes_are_those_of_the_module() -> None:
+    config = PRESETS["tiny"].text_encoder
+    model = build_encoder(config).to(torch.bfloat16)
+    sizes = TextEncoderSizes.of_widths(**dataclasses.asdict(config))
+    assert num_bytes(model.encoder.block[0]) == sizes.layer_bytes
+    assert num_bytes(model.encoder.embed_tokens) == sizes.embedding_bytes
+    assert num_bytes(model.encoder) == (
+        sizes.num_layers * sizes.layer_bytes + sizes.embedding_bytes + sizes.other_bytes
+    )
+
+
+def test_tokens_of_a_clip() -> None:
+    assert {name: (clip.video, clip.audio) for name, clip in CLIPS.items()} == {
+        "720x720_5s": (15686, 157),
+        "960x960_5s": (27900, 157),
+        "960x960_10s": (54900, 314),
+    }
+
+
+NATIVE = FusionLayout(WeightFormat.NATIVE, 30, None, keep_ends=False)
+FP8 = dataclasses.replace(NATIVE, weights=WeightFormat.FP8)
+PROMPT_BYTES = 4 * 30 * 512 * 3072 * 2
+MEASURED = [
+    # benchmarks/results of 2026-11-21: most GiB allocated at once, without the context.
+    ("720x720_5s", NATIVE, (1, 1), 24.88),
+    ("960x960_5s", NATIVE, (1, 1), 26.16),
+    ("960x960_10s", NATIVE, (1, 1), 29.00),
+    ("720x720_5s", FP8, (1, 1), 16.57),
+    ("960x960_5s", FP8, (1, 1), 18.01),
+    ("960x960_10s", FP8, (1, 1), 21.21),
+    ("720x720_5s", NATIVE, (1, 2), 23.79),
+    ("960x960_5s", NATIVE, (1, 2), 24.79),
+    ("960x960_10s", NATIVE, (1, 2), 27.02),
+    ("720x720_5s", NATIVE, (2, 2), 23.31),
+    ("960x960_5s", NATIVE, (2, 2), 23.97),
+    ("960x960_10s", NATIVE, (2, 2), 25.44),
+    ("720x720_5s", NATIVE, (4, 1), 22.97),
+    ("960x960_5s", NATIVE, (4, 1), 23.36),
+    ("960x960_10s", NATIVE, (4, 1), 24.22),
+]
+
+
+@pytest.mark.parametrize(("clip", "layout", "degrees", "measured_gib"), MEASURED)
+def test_measured_peaks_of_fusion(clip, layout, degrees, measured_gib) -> None:
+    tokens = CLIPS[clip]
+    components = estimate_fusion(RELEASED_FUSION, tokens, layout, *degrees)
+    estimated = components.without("CUDA context", "recorded steps").total
+    if degrees == (1, 1):
+        # Those runs recorded their steps, and their two passes went one after the other, with two tensors more.
+        estimated += 2 * PROMPT_BYTES + 2 * tokens.video * 3072 * 2
+    assert estimated / GIB == pytest.approx(measured_gib, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "measured_gib"),
+    [
+        ((736, 704), 1, 10.85),
+        ((960, 960), 1, 18.11),
+        ((736, 704), 2, 6.24),
+        ((736, 704), 4, 3.80),
+        ((960, 960), 4, 5.75),
+    ],
+)
+def test_measured_peaks_of_the_decoder(size, ranks, measured_gib) -> None:
+    components = estimate_vae(RELEASED_VAE, *size, VaeLayout(2, None), ranks)
+    sound = RELEASED_VAE.sound_bytes + (256 << 20)
+    assert (components.total - CONTEXT_BYTES - sound) / GIB == pytest.approx(measured_gib, rel=0.055)
+
+
+def test_a_text_encoder_on_the_cpu_takes_nothing() -> None:
+    assert estimate_text_encoder(RELEASED_TEXT_ENCODER, TextEncoderPlace.CPU).total == 0
+    streamed = estimate_text_encoder(RELEASED_TEXT_ENCODER, TextEncoderPlace.STREAMED)
+    assert streamed.by_name["ring"] == 3 * RELEASED_TEXT_ENCODER.layer_bytes
