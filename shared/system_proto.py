@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ovi.common.v1 import system_pb2 as pb
 from shared.errors import InvalidRequest
+from shared.memory.devices import DeviceState
 from shared.memory.modes import VramMode
 
 _MODES = {
@@ -33,3 +34,39 @@ def vram_mode_from_proto(value: pb.VramMode.ValueType, *, field: str) -> VramMod
 def vram_mode_to_proto(mode: VramMode) -> pb.VramMode.ValueType:
     """The number of a mode."""
     return _MODES_TO_PROTO[mode]
+
+
+def device_to_proto(device: DeviceState) -> pb.Device:
+    """The wire form of a device."""
+    return pb.Device(
+        name=device.name,
+        model=device.model,
+        uuid=device.uuid,
+        backend=device.backend,
+        total_bytes=device.total_bytes,
+        free_bytes=device.free_bytes,
+        own_bytes=device.own_bytes,
+        others_bytes=device.others_bytes,
+        capability=device.capability,
+        unified=device.unified,
+        utilization=device.utilization,
+        links=device.links,
+    )
+
+
+def device_from_proto(message: pb.Device) -> DeviceState:
+    """The device of a message."""
+    return DeviceState(
+        name=message.name,
+        model=message.model,
+        uuid=message.uuid,
+        backend=message.backend,
+        total_bytes=message.total_bytes,
+        free_bytes=message.free_bytes,
+        own_bytes=message.own_bytes,
+        others_bytes=message.others_bytes,
+        capability=message.capability,
+        unified=message.unified,
+        utilization=message.utilization if message.HasField("utilization") else None,
+        links=tuple(message.links),
+    )
