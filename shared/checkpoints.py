@@ -7,7 +7,7 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,15 +80,18 @@ class SafetensorsHeader:
             raise CheckpointError(f"{path}: has {size} bytes, its header announces {end}; the file is truncated")
         return cls(path, metadata, layout)
 
-    def tensors(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every (key, tensor), moved from the memory map to `device` one at a time, without a second copy in RAM.
+    def tensors(
+        self, device: torch.device, keys: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key, tensor) of these keys, moved from the memory map to `device` one at a time, without a second copy in
+        RAM; None: of every key.
 
         Raises:
             CheckpointError: the values cannot be read.
         """
         try:
             with safe_open(self.path, framework="pt", device=str(device)) as file:
-                for key in self.layout:
+                for key in self.layout if keys is None else keys:
                     yield key, file.get_tensor(key)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {error}; copy the file again") from None

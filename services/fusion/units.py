@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from services.fusion.model.block import FusedBlock, TowerBlock
+from services.fusion.model.block import FusedBlock
 from services.fusion.model.fusion import FusionModel
 
 Modules = tuple[nn.Module, ...]
@@ -38,17 +38,29 @@ class Units:
     def of(cls, model: FusionModel) -> Units:
         """The units of a model."""
         towers = (model.video_model, model.audio_model)
+        blocks = [cls.of_block(block) for block in _fused(model)]
         return cls(
             text=tuple(tower.text_embedding for tower in towers),
-            text_blocks=tuple(_text_parts(block) for block in _halves(model)),
+            text_blocks=tuple(text for text, _ in blocks),
             stem=tuple(
                 part
                 for tower in towers
                 for part in (tower.patch_embedding, tower.time_embedding, tower.time_projection)
             ),
-            blocks=tuple(_other_parts(block) for block in _halves(model)),
+            blocks=tuple(rest for _, rest in blocks),
             heads=tuple(tower.head for tower in towers),
         )
+
+    @staticmethod
+    def of_block(block: FusedBlock) -> tuple[Modules, Modules]:
+        """What makes keys and values of a prompt, and the rest."""
+        text: list[nn.Module] = []
+        rest: list[nn.Module] = []
+        for half in (block.video, block.audio):
+            rest += [module for name, module in half.named_children() if name != "cross_attn"]
+            for name, module in half.cross_attn.named_children():
+                (text if name in _TEXT_PARTS else rest).append(module)
+        return tuple(text), tuple(rest)
 
 
 Enter = Callable[[], None]
@@ -72,31 +84,15 @@ def announce(model: FusionModel, entries: Entries) -> None:
         _before(tower, "embed", entries.stem)
         _before(tower, "time_rows", entries.stem)
         _before(tower.head, "forward", entries.heads)
-    for index, halves in enumerate(_halves(model)):
-        for half in halves:
+    for index, block in enumerate(_fused(model)):
+        for half in (block.video, block.audio):
             _before(half.cross_attn, "text_kv", partial(entries.text_block, index))
         for method in ("begin", "finish"):
-            _before(model.fused_blocks[index], method, partial(entries.block, index))
+            _before(block, method, partial(entries.block, index))
 
 
-def _halves(model: FusionModel) -> list[tuple[TowerBlock, TowerBlock]]:
-    pairs = []
-    for block in model.fused_blocks:
-        assert isinstance(block, FusedBlock)
-        pairs.append((block.video, block.audio))
-    return pairs
-
-
-def _text_parts(halves: tuple[TowerBlock, TowerBlock]) -> Modules:
-    return tuple(getattr(half.cross_attn, name) for half in halves for name in _TEXT_PARTS)
-
-
-def _other_parts(halves: tuple[TowerBlock, TowerBlock]) -> Modules:
-    parts: list[nn.Module] = []
-    for half in halves:
-        parts += [module for name, module in half.named_children() if name != "cross_attn"]
-        parts += [module for name, module in half.cross_attn.named_children() if name not in _TEXT_PARTS]
-    return tuple(parts)
+def _fused(model: FusionModel) -> list[FusedBlock]:
+    return [cast("FusedBlock", block) for block in model.fused_blocks]
 
 
 def _before(module: nn.Module, method: str, enter: Enter) -> None:
