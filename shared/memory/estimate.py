@@ -23,6 +23,10 @@ WORKSPACE_BYTES = 72 << 20
 PICTURE_SIDE = 16
 """Pixels of a latent pixel's side."""
 
+CONTEXT = "CUDA context"
+ALLOCATOR_PART = 0.02
+"""Of what is asked for: torch's allocator rounds, and keeps pieces that fit nothing."""
+
 _SCALE_BYTES = 4
 """Of a quantized row's scale."""
 _FP8_BYTES = 1
@@ -70,6 +74,11 @@ class Components:
     def total(self) -> int:
         """All of them."""
         return sum(self.by_name.values())
+
+    @property
+    def reserved(self) -> int:
+        """What the process's allocator has of them: all but the context, which no limit of the allocator counts."""
+        return self.total - self.by_name.get(CONTEXT, 0)
 
     def without(self, *names: str) -> Components:
         """The others."""
@@ -133,6 +142,8 @@ def estimate_fusion(
     sequence_degree: int = 1,
     guidance_degree: int = 1,
     weights_degree: int = 1,
+    *,
+    from_host: bool = False,
 ) -> Components:
     """What a rank's process takes while it makes a step.
 
@@ -143,35 +154,51 @@ def estimate_fusion(
         sequence_degree: ranks that share the video tokens.
         guidance_degree: 2: the passes are made by different ranks.
         weights_degree: ranks that share one copy of the weights; above 1 nothing may be streamed or quantized.
+        from_host: the weights are in host memory, and those of prompts pass through the ring even if all blocks stay;
+            so it is wherever blocks are streamed.
 
     Raises:
         ValueError: see FusionLayout.resident_blocks; or shared weights that are streamed or quantized.
     """
     prompt_bytes = 4 * sizes.num_layers * sizes.text_len * sizes.dim * sizes.itemsize
     own_passes = max(1, clip.passes // guidance_degree)
-    components = _weights(sizes, layout, weights_degree)
+    streams = from_host or layout.num_resident < sizes.num_layers
+    if weights_degree > 1:
+        components = _shared_weights(sizes, layout, weights_degree, streams)
+    else:
+        components = _streamed_weights(sizes, layout) if streams else _whole_weights(sizes, layout)
     components["text keys and values"] = clip.passes * prompt_bytes
-    if sequence_degree > 1 and weights_degree == 1:
+    if sequence_degree > 1 and weights_degree == 1 and not streams:
         components["recorded steps"] = own_passes * prompt_bytes
     components["activations"] = _activations(sizes, clip, layout, sequence_degree, own_passes)
     components["workspaces"] = WORKSPACE_BYTES
-    components["CUDA context"] = CONTEXT_BYTES
-    return Components(components)
+    return _with_context(components)
 
 
-def _weights(sizes: FusionSizes, layout: FusionLayout, weights_degree: int) -> dict[str, int]:
-    every = [block_bytes(sizes, layout.weights, index) for index in range(sizes.num_layers)]
-    resident = layout.resident_blocks(sizes.num_layers)
-    streamed = [size for index, size in enumerate(every) if index not in resident]
-    if weights_degree > 1:
-        if streamed or layout.weights is not WeightFormat.NATIVE:
-            raise ValueError("shared weights can be neither streamed nor quantized")
-        share = -(-(sum(every) + sizes.other_bytes) // weights_degree)
-        return {"weights": share, "gathered blocks": _GATHERED_BLOCKS * max(every)}
-    weights = {"weights": sum(every[index] for index in resident) + sizes.other_bytes}
-    if streamed:
-        weights["ring"] = min(RING_BLOCKS, len(streamed)) * max(streamed)
-    return weights
+def _with_context(components: dict[str, int]) -> Components:
+    spare = int(ALLOCATOR_PART * sum(components.values()))
+    return Components({**components, "allocator": spare, CONTEXT: CONTEXT_BYTES})
+
+
+def _whole_weights(sizes: FusionSizes, layout: FusionLayout) -> dict[str, int]:
+    return {"weights": fusion_weight_bytes(sizes, layout.weights)}
+
+
+def _shared_weights(sizes: FusionSizes, layout: FusionLayout, weights_degree: int, streams: bool) -> dict[str, int]:
+    if streams or layout.weights is not WeightFormat.NATIVE:
+        raise ValueError("shared weights can be neither streamed nor quantized")
+    share = -(-fusion_weight_bytes(sizes, layout.weights) // weights_degree)
+    return {"weights": share, "gathered blocks": _GATHERED_BLOCKS * block_bytes(sizes, layout.weights, 0)}
+
+
+def _streamed_weights(sizes: FusionSizes, layout: FusionLayout) -> dict[str, int]:
+    """See services.fusion.memory: a block has a part for prompts, which passes through the ring apart from the rest."""
+    layers, resident = range(sizes.num_layers), layout.resident_blocks(sizes.num_layers)
+    steps = [block_bytes(sizes, layout.weights, index) - sizes.text_bytes_per_block for index in layers]
+    through = [size for index, size in enumerate(steps) if index not in resident]
+    kept = sizes.other_bytes - sizes.text_bytes + sum(steps[index] for index in resident)
+    largest = max(sizes.text_bytes, sizes.text_bytes_per_block, *through)
+    return {"weights": kept, "ring": min(RING_BLOCKS, 1 + sizes.num_layers + len(through)) * largest}
 
 
 def _activations(
@@ -217,12 +244,11 @@ def estimate_vae(sizes: VaeSizes, height: int, width: int, layout: VaeLayout, ra
     per_pixel = _CARRIED_BYTES_PER_PIXEL + _BYTES_PER_PIXEL_AND_LATENT_FRAME * layout.latent_frames_per_step
     wider = sizes.decoder_dim * sizes.itemsize / (_DECODER_DIM * _DECODER_ITEMSIZE)
     activations = int(pixels * per_pixel * wider)
-    return Components(
+    return _with_context(
         {
             "weights": sizes.decoder_bytes + sizes.encoder_bytes + sizes.sound_bytes,
             "activations": activations + _SOUND_BYTES,
             "workspaces": WORKSPACE_BYTES,
-            "CUDA context": CONTEXT_BYTES,
         }
     )
 
@@ -233,9 +259,9 @@ def estimate_text_encoder(sizes: TextEncoderSizes, place: TextEncoderPlace) -> C
         return Components()
     # Scores and their softmax in float32 for every head; rows are small beside them.
     activations = 2 * 4 * sizes.num_heads * sizes.max_tokens**2 + 16 * 4 * sizes.max_tokens * sizes.dim
-    components = {"activations": activations, "workspaces": WORKSPACE_BYTES, "CUDA context": CONTEXT_BYTES}
+    components = {"activations": activations, "workspaces": WORKSPACE_BYTES}
     if place is TextEncoderPlace.RESIDENT:
         weights = sizes.num_layers * sizes.layer_bytes + sizes.embedding_bytes + sizes.other_bytes
-        return Components({"weights": weights, **components})
+        return _with_context({"weights": weights, **components})
     ring = min(RING_BLOCKS, sizes.num_layers) * sizes.layer_bytes
-    return Components({"ring": ring, "weights": sizes.other_bytes, **components})
+    return _with_context({"ring": ring, "weights": sizes.other_bytes, **components})

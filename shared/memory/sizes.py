@@ -31,10 +31,12 @@ class FusionSizes:
     """Rows of their matrices; each has a scale where they are quantized."""
     text_bytes_per_block: int
     """What makes a prompt's keys and values, once a job."""
+    text_bytes: int
+    """Embedding of prompts, once a job."""
     block_bytes_rest: int
     """Everything else of a fused block, the text's part included: biases, norms, modulation."""
     other_bytes: int
-    """Outside of blocks: stems, heads, embeddings."""
+    """Outside of blocks: stems, heads, and the embedding of prompts, too."""
     itemsize: int
     """Bytes of a value in the arithmetic's precision."""
 
@@ -58,8 +60,8 @@ class FusionSizes:
         biases = 7 * dim + ffn_dim + dim + dim  # q, k, v, o, q, k_fusion, v_fusion; feed-forward in and out; o
         norms = 4 * dim + 2 * 2 * dim  # norm_q, norm_k, norm_q, norm_k_fusion; norm3 and pre_attn_norm_fusion
         rest = text + biases + norms + 6 * dim
-        tower = (text_dim * dim + dim) + (dim * dim + dim)
-        tower += (freq_dim * dim + dim) + (dim * dim + dim) + 6 * (dim * dim + dim)
+        embedding = (text_dim * dim + dim) + (dim * dim + dim)
+        time = (freq_dim * dim + dim) + 7 * (dim * dim + dim)
         video, audio = video_channels * _PATCH_AREA, audio_channels
         heads = sum(dim * out + out + 2 * dim for out in (video, audio))
         hidden = -(-(2 * 4 * dim // 3) // 256) * 256
@@ -74,7 +76,8 @@ class FusionSizes:
             wide_rows_per_block=2 * (_SQUARES_PER_TOWER * dim + ffn_dim + dim),
             text_bytes_per_block=2 * text * itemsize,
             block_bytes_rest=2 * rest * itemsize,
-            other_bytes=(2 * tower + heads + stems) * itemsize,
+            text_bytes=2 * embedding * itemsize,
+            other_bytes=(2 * (embedding + time) + heads + stems) * itemsize,
             itemsize=itemsize,
         )
 
