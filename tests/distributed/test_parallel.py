@@ -7,6 +7,7 @@ import torch
 
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import build
+from services.fusion.memory.chunks import chunked
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.operations import Ops
 from services.fusion.parallel.groups import make_groups
@@ -38,8 +39,8 @@ def conditions_of(model, picture: bool, options: SamplingOptions, video_shape) -
     return Conditions(made[0], made[1] if len(made) > 1 else None, first)
 
 
-def run_case(name: str, plan: ParallelPlan | None) -> dict[str, torch.Tensor]:
-    """One sampling run; on this rank's share if there is a plan."""
+def run_case(name: str, plan: ParallelPlan | None, chunk_tokens: int | None = None) -> dict[str, torch.Tensor]:
+    """One sampling run; on this rank's share if there is a plan, over so many tokens at once if a number is given."""
     video_shape, audio_length, picture, options = CASES[name]
     model = build(CONFIG, {key: value.float() for key, value in random_weights(CONFIG).items()})
     rope = model.rope_tables(video_shape[1:], audio_length)
@@ -47,7 +48,8 @@ def run_case(name: str, plan: ParallelPlan | None) -> dict[str, torch.Tensor]:
     if plan is None:
         predict = bind_guidance(bind_forward(model, rope, Ops.of(sdpa)))
     else:
-        predict = make_predictor(model, rope, Ops.of(sdpa), make_groups(plan), graphs=False)
+        ops = chunked(Ops.of(sdpa), chunk_tokens) if chunk_tokens else Ops.of(sdpa)
+        predict = make_predictor(model, rope, ops, make_groups(plan), graphs=False)
     noise = draw_noise(video_shape, (audio_length, 20), 5)
     *_, final = denoise(predict, noise, conditions, options)
     assert isinstance(final, Latents)
@@ -73,6 +75,15 @@ def test_ranks_agree_with_one_process(plan, alone) -> None:
             assert error <= TOLERANCE, f"{name} {key} {error:.2e}"
             for other in results[1:]:
                 assert torch.equal(other[key], results[0][key]), "ranks must never drift apart"
+
+
+@pytest.mark.parametrize("plan", [(1, 2), (2, 3)])
+def test_ranks_that_go_by_chunks_agree_with_one_process(plan, alone) -> None:
+    plan = ParallelPlan(*plan)
+    results = run_ranks(plan.world_size, run_case, "i2v", plan, 4)
+    for key, expected in alone["i2v"].items():
+        error = (results[0][key] - expected).abs().max() / expected.abs().max()
+        assert error <= TOLERANCE, f"{key} {error:.2e}"
 
 
 @pytest.mark.parametrize(("world", "expected"), [(1, (1, 1)), (2, (2, 1)), (3, (1, 3)), (4, (2, 2)), (8, (2, 4))])

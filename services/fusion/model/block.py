@@ -34,12 +34,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, rope: Rope, ops: TowerOps) -> torch.Tensor:
         """(T, D) -> (T, D)."""
+        (out_TD,) = ops.linears((self.o,), self._attend(x_TD, rope, ops).flatten(1))
+        return out_TD
+
+    def _attend(self, x_TD: torch.Tensor, rope: Rope, ops: TowerOps) -> torch.Tensor:
         q_TD, k_TD, v_TD = ops.linears((self.q, self.k, self.v), x_TD)
         q_TNK = ops.norm_rope(q_TD, self.norm_q.weight, rope, self.num_heads)
         k_TNK = ops.norm_rope(k_TD, self.norm_k.weight, rope, self.num_heads)
-        v_TNK = v_TD.unflatten(-1, (self.num_heads, -1))
-        (out_TD,) = ops.linears((self.o,), ops.self_attention(q_TNK, k_TNK, v_TNK).flatten(1))
-        return out_TD
+        del q_TD, k_TD  # attention needs the memory
+        return ops.self_attention(q_TNK, k_TNK, v_TD.unflatten(-1, (self.num_heads, -1)))
 
 
 class CrossFusion(nn.Module):
@@ -68,14 +71,25 @@ class CrossFusion(nn.Module):
         ops: TowerOps,
     ) -> torch.Tensor:
         """(T, D) -> (T, D), of tokens after norm3; `other_SD` are the other tower's after pre_attn_norm_fusion."""
+        attended_TNK = self._attend(x_TD, rope, text, other_SD, other_rope, ops)
+        (out_TD,) = ops.linears((self.o,), attended_TNK.flatten(1))
+        return out_TD
+
+    def _attend(
+        self,
+        x_TD: torch.Tensor,
+        rope: Rope,
+        text: TextKV,
+        other_SD: torch.Tensor,
+        other_rope: Rope,
+        ops: TowerOps,
+    ) -> torch.Tensor:
         (q_TD,) = ops.linears((self.q,), x_TD)
         q_TNK, rotated_q_TNK = ops.norm_and_rope(q_TD, self.norm_q.weight, rope, self.num_heads)
         k_SD, v_SD = ops.linears((self.k_fusion, self.v_fusion), other_SD)
         k_SNK = ops.norm_rope(k_SD, self.norm_k_fusion.weight, other_rope, self.num_heads)
-        v_SNK = v_SD.unflatten(-1, (self.num_heads, -1))
-        attended_TNK = ops.attend_jointly(q_TNK, text, rotated_q_TNK, (k_SNK, v_SNK))
-        (out_TD,) = ops.linears((self.o,), attended_TNK.flatten(1))
-        return out_TD
+        del q_TD, k_SD  # attention needs the memory
+        return ops.attend_jointly(q_TNK, text, rotated_q_TNK, (k_SNK, v_SD.unflatten(-1, (self.num_heads, -1))))
 
 
 class TowerBlock(nn.Module):
@@ -120,6 +134,7 @@ class TowerBlock(nn.Module):
         ops, clean = stream.ops, stream.clean
         fused_TD = self.cross_attn(normed_TD, stream.rope, text, other_SD, other_rope, ops)
         x_TD, (y_TD,) = ops.residual_norms(x_TD, fused_TD, None, clean, (modulation.affine,))
+        del fused_TD  # the feed-forward needs the memory
         y_TD = ops.feed_forward(self.ffn[0], self.ffn[2], y_TD)
         x_TD, _ = ops.residual_norms(x_TD, y_TD, modulation.gate_RD, clean, ())
         return x_TD
