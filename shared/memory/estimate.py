@@ -143,7 +143,7 @@ def estimate_fusion(
     guidance_degree: int = 1,
     weights_degree: int = 1,
     *,
-    from_host: bool = False,
+    hosted: bool = False,
 ) -> Components:
     """What a rank's process takes while it makes a step.
 
@@ -154,7 +154,7 @@ def estimate_fusion(
         sequence_degree: ranks that share the video tokens.
         guidance_degree: 2: the passes are made by different ranks.
         weights_degree: ranks that share one copy of the weights; above 1 nothing may be streamed or quantized.
-        from_host: the weights are in host memory, and those of prompts pass through the ring even if all blocks stay;
+        hosted: the weights are in host memory, and those of prompts pass through the ring even if all blocks stay;
             so it is wherever blocks are streamed.
 
     Raises:
@@ -162,7 +162,7 @@ def estimate_fusion(
     """
     prompt_bytes = 4 * sizes.num_layers * sizes.text_len * sizes.dim * sizes.itemsize
     own_passes = max(1, clip.passes // guidance_degree)
-    streams = from_host or layout.num_resident < sizes.num_layers
+    streams = hosted or layout.num_resident < sizes.num_layers
     if weights_degree > 1:
         components = _shared_weights(sizes, layout, weights_degree, streams)
     else:

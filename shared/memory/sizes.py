@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.shapes import AudioLatentShape, VideoLatentShape
+from shared.shapes import AudioLatentShape, VideoLatentShape, common_sizes
+from shared.variants import Variant
 
 _PATCH_AREA = 4
 """Latent pixels of a video token."""
@@ -162,6 +163,18 @@ RELEASED_TEXT_ENCODER = TextEncoderSizes.of_widths(
 
 
 @dataclass(frozen=True)
+class StackSizes:
+    """The networks of all stages."""
+
+    fusion: FusionSizes
+    vae: VaeSizes
+    text_encoder: TextEncoderSizes
+
+
+RELEASED = StackSizes(RELEASED_FUSION, RELEASED_VAE, RELEASED_TEXT_ENCODER)
+
+
+@dataclass(frozen=True)
 class ClipTokens:
     """What a step of a clip computes."""
 
@@ -187,3 +200,26 @@ class ClipTokens:
         """Of a clip of 5 or 10 s; see `of_clip`."""
         audio_length = AudioLatentShape.from_seconds(seconds).length
         return cls.of_clip(24 * seconds + 1, height, width, audio_length=audio_length, passes=passes)
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """A clip as every stage sees it."""
+
+    name: str
+    """For people, for example "960x960_10s"."""
+    tokens: ClipTokens
+    height: int
+    """Pixels."""
+    width: int
+
+    @classmethod
+    def largest_of(cls, variant: Variant, video_area: int | None = None) -> ClipShape:
+        """The usual shape of a variant that takes most, with guidance.
+
+        Args:
+            variant: of the fusion model.
+            video_area: pixels of a frame, if its checkpoint says otherwise.
+        """
+        height, width = max(common_sizes(video_area or variant.video_area), key=lambda size: size[0] * size[1])
+        return cls(variant.id, ClipTokens.of_seconds(variant.seconds, height, width), height, width)
