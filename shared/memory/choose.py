@@ -148,22 +148,35 @@ def plan_fusion(
         OutOfMemory: nothing fits; with the numbers and the mode that would.
     """
 
-    def parts(layout: FusionLayout, hosted: bool) -> Components:
-        degrees = (sequence_degree, guidance_degree, weights_degree)
-        return estimate_fusion(sizes, clip, layout, *degrees, hosted=hosted)
-
-    def least(of_mode: VramMode) -> int:
-        *_, layout = _fusion_layouts(of_mode, sizes.num_layers)
-        return parts(layout, RECIPES[of_mode].takes_turns).reserved
-
+    degrees = (sequence_degree, guidance_degree, weights_degree)
+    hosted = RECIPES[mode].takes_turns
     if budget_bytes is None:
         layout = _unlimited(mode, sizes.num_layers)
-        return FusionPlan(mode, layout, parts(layout, RECIPES[mode].takes_turns), None)
+        return FusionPlan(mode, layout, estimate_fusion(sizes, clip, layout, *degrees, hosted=hosted), None)
     for layout in _fusion_layouts(mode, sizes.num_layers):
-        components = parts(layout, RECIPES[mode].takes_turns)
+        components = estimate_fusion(sizes, clip, layout, *degrees, hosted=hosted)
         if components.reserved <= budget_bytes:
             return FusionPlan(mode, layout, components, budget_bytes)
+
+    def least(of_mode: VramMode) -> int:
+        return least_fusion(sizes, clip, of_mode, *degrees).reserved
+
     raise refusal(mode, least, budget_bytes, subject)
+
+
+def least_fusion(
+    sizes: FusionSizes,
+    clip: ClipTokens,
+    mode: VramMode,
+    sequence_degree: int = 1,
+    guidance_degree: int = 1,
+    weights_degree: int = 1,
+) -> Components:
+    """What a mode takes at least; see `plan_fusion`. Modes that cannot share weights are taken not to."""
+    *_, layout = _fusion_layouts(mode, sizes.num_layers)
+    hosted = RECIPES[mode].takes_turns
+    shared = weights_degree if not hosted else 1
+    return estimate_fusion(sizes, clip, layout, sequence_degree, guidance_degree, shared, hosted=hosted)
 
 
 def _fusion_layouts(mode: VramMode, num_layers: int) -> Iterator[FusionLayout]:
@@ -210,16 +223,24 @@ def plan_vae(
     Raises:
         OutOfMemory: nothing fits; with the numbers.
     """
-    sides: tuple[int | None, ...] = (None, *(TILE_LATENT_SIDES if tiles else ()))
-    layouts = [VaeLayout(frames, None) for frames in LATENT_FRAMES_PER_STEP]
-    layouts += [VaeLayout(LATENT_FRAMES_PER_STEP[-1], side) for side in sides if side is not None]
-    for layout in layouts:
+    for layout in _vae_layouts(tiles=tiles):
         components = estimate_vae(sizes, height, width, layout, ranks)
         if budget_bytes is None or components.reserved <= budget_bytes:
             return VaePlan(mode, layout, components, budget_bytes)
     assert budget_bytes is not None
     need = f"the decoder needs {gib(components.reserved)} on {subject.device} for {subject.clip}"
     raise OutOfMemory(f"{need}, {gib(budget_bytes)} may be used; use a smaller size, or more GPUs")
+
+
+def least_vae(sizes: VaeSizes, height: int, width: int, *, ranks: int, tiles: bool) -> Components:
+    """What decoding takes at least; see `plan_vae`."""
+    return estimate_vae(sizes, height, width, _vae_layouts(tiles=tiles)[-1], ranks)
+
+
+def _vae_layouts(*, tiles: bool) -> list[VaeLayout]:
+    """From the fastest to the one that takes least."""
+    whole = [VaeLayout(frames, None) for frames in LATENT_FRAMES_PER_STEP]
+    return whole + [VaeLayout(LATENT_FRAMES_PER_STEP[-1], side) for side in TILE_LATENT_SIDES if tiles]
 
 
 def plan_text_encoder(

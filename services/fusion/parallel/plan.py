@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-PLAN_NAMES = ("auto", "single", "multi_2", "multi_4", "multi_8", "fsdp")
-"""What `--plan` can say; see ParallelPlan.named."""
-_RANKS_OF_NAME = {"single": 1, "multi_2": 2, "multi_4": 4, "multi_8": 8}
+from shared.allocations import ALLOCATIONS, RANKS_OF, degrees
+
+PLAN_NAMES = ALLOCATIONS
 _WORKING_BYTES = 6 << 30
 """What a rank needs besides the weights: activations of the largest clip take 3.5 GiB on one GPU, the rest is spare."""
 
@@ -32,13 +32,12 @@ class ParallelPlan:
 
     @classmethod
     def auto(cls, world_size: int, num_heads: int) -> ParallelPlan:
-        """The fastest plan: guidance first, since it needs one exchange a step, the rest to the sequence.
+        """The fastest plan, see shared.allocations.
 
         Raises:
             ValueError: the rest does not divide the heads.
         """
-        guidance_degree = 2 if world_size % 2 == 0 else 1
-        plan = cls(guidance_degree, world_size // guidance_degree)
+        plan = cls(*degrees(world_size))
         plan.require_heads(num_heads)
         return plan
 
@@ -56,9 +55,9 @@ class ParallelPlan:
         Raises:
             ValueError: unknown, or not for this number of ranks, or see `auto`.
         """
-        if name not in PLAN_NAMES:
-            raise ValueError(f"no plan is called {name!r}; there are {', '.join(PLAN_NAMES)}")
-        wanted = _RANKS_OF_NAME.get(name, world_size)
+        if name not in ALLOCATIONS:
+            raise ValueError(f"no plan is called {name!r}; there are {', '.join(ALLOCATIONS)}")
+        wanted = RANKS_OF.get(name, world_size)
         if wanted != world_size:
             raise ValueError(f"the plan {name} is for {wanted} ranks, there are {world_size}; auto takes any number")
         plan = cls.auto(world_size, num_heads)
