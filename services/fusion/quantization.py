@@ -79,9 +79,10 @@ class QuantizedLinear(nn.Module):
         Scaling the product instead would be no more exact, as it rounds the product once more, and dearer: there are
         more video tokens than columns in a weight, and bias and GELU could no longer be applied on the chip.
         """
+        if self.weight.dtype is torch.int8:
+            return torch.mul(self.weight, self.scale_O1, out=self.weight.new_empty(self.weight.shape, dtype=dtype))
         # fp8 mixes with no other type; in the wider one its values are the same.
-        values = self.weight if self.weight.dtype is torch.int8 else self.weight.to(dtype)
-        return torch.mul(values, self.scale_O1, out=torch.empty(values.shape, dtype=dtype, device=values.device))
+        return self.weight.to(dtype).mul_(self.scale_O1)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The product in the precision of x."""

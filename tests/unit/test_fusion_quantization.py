@@ -26,6 +26,7 @@ from shared.memory.modes import WeightFormat
 from shared.sampling_options import SamplingOptions
 from tests.fusion_checkpoint import SMALL as CHECKPOINT
 from tests.fusion_checkpoint import write_variant
+from tests.live_bytes import LiveBytes
 from tests.unit.test_fusion_kernels import SMALL, normal, small_model
 
 QUANTIZED = (WeightFormat.FP8, WeightFormat.INT8)
@@ -153,6 +154,15 @@ def test_8_bit_values_are_exact_in_bfloat16(weights) -> None:
     quantizer = quantize_rows if weights is WeightFormat.FP8 else quantize_rows_int8
     values, _ = quantizer(normal(40, 300, seed=1))
     assert torch.equal(values.to(torch.bfloat16).double(), values.double())
+
+
+@pytest.mark.parametrize("weights", QUANTIZED)
+def test_a_weight_is_scaled_back_into_one_copy(weights) -> None:
+    with torch.device("meta"):
+        layer = QuantizedLinear(torch.nn.Linear(64, 96), weights)
+    with LiveBytes() as live:
+        layer.weight_in(torch.bfloat16)
+    assert live.peak == 64 * 96 * 2
 
 
 @pytest.mark.parametrize("weights", QUANTIZED)
