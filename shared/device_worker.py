@@ -13,8 +13,11 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from shared.errors import ResourceExhausted
+from shared.logging import get_logger
 
 T = TypeVar("T")
+
+log = get_logger(__name__)
 
 
 @dataclass
@@ -114,10 +117,14 @@ class DeviceWorker:
         results = [item async for item in self.stream(once)]
         return results[0]
 
-    def close(self) -> None:
-        """End the thread after the job it is at; jobs still waiting are not begun."""
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """End the thread after the job it is at; jobs still waiting are not begun. False: it is still at that job."""
         self._queue.put(None)
-        self._thread.join(timeout=60)
+        self._thread.join(timeout_s)
+        ended = not self._thread.is_alive()
+        if not ended:
+            log.warning("the device thread is still at work", worker=self._name, waited_s=timeout_s)
+        return ended
 
     @staticmethod
     async def _drained(job: _Job[Any]) -> None:

@@ -51,10 +51,11 @@ async def run(options: VaeOptions) -> None:
         await worker.run(engines[0].warm_up)
 
     async def close() -> None:
-        worker.close()
+        idle = worker.close()
         resolver.close()
         tensors.stop(stage.listen.grace_s)
-        if fellowship is not None:
+        # In the middle of a load or a run the others expect its collectives; they end when this process does.
+        if fellowship is not None and idle:
             stop_followers(fellowship)
 
     await serve(stage.listen, [service], load=load, close=close)

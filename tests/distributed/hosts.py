@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,17 +12,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.service_process import ServiceProcess
+from tests.service_process import ServiceProcess, free_port
 
 END_TIMEOUT_S = 40
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.service_process import free_port
 
 TIMEOUT_S = 90
 
@@ -35,8 +36,7 @@ def run_ranks(
     world: int, work: Callable[..., dict[str, torch.Tensor]], *arguments: Any
 ) -> list[dict[str, torch.Tensor]]:
     """What `work(*arguments)` returns on each of `world` ranks."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as out:
         mp.start_processes(_entry, (world, port, work, out, arguments), nprocs=world, start_method="fork")
         return [torch.load(Path(out) / f"{rank}.pt", weights_only=True) for rank in range(world)]

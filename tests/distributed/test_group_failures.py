@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from shared.tensors.store import TensorStore
 from tests.fusion_checkpoint import SMALL, write_variant
 from tests.grpc.gateway_client import running_gateway
 from tests.grpc.scripted_stages import ScriptedTextEncoder, ScriptedVae
-from tests.service_process import ServiceProcess, running_service
+from tests.service_process import ServiceProcess, free_port, running_service
 
 RANKS = 2
 MODEL = "720x720_5s"
@@ -42,10 +41,8 @@ def fault_file(tmp_path_factory) -> Path:
 def service(tmp_path_factory, fault_file) -> Iterator[ServiceProcess]:
     folder = tmp_path_factory.mktemp("group")
     write_variant(folder, MODEL, config=CONFIG)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     flags = ("--checkpoints", str(folder), "--device", "cpu", "--grace-s", "5", "--fault-file", str(fault_file))
-    with running_service("fusion", *flags, ranks=RANKS, port=port, module=MODULE) as service:
+    with running_service("fusion", *flags, ranks=RANKS, port=free_port(), module=MODULE) as service:
         yield service
 
 
@@ -89,9 +86,10 @@ def test_the_group_ends_at_once_and_comes_back(service, producer, fault_file, vi
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE, "the connection broke; it was no timeout"
+    service.wait_serving()
     with service.channel() as channel:
         request = denoise_request(producer, steps=2)
-        *_, last = pb_grpc.FusionServiceStub(channel).Denoise(request, timeout=BOUND_S, wait_for_ready=True)
+        *_, last = pb_grpc.FusionServiceStub(channel).Denoise(request, timeout=BOUND_S)
     assert last.HasField("result")
     assert time.monotonic() - begin_s < BOUND_S
     assert not fault_file.exists(), "it happened, once"

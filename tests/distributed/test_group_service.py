@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 
 import grpc
@@ -23,7 +22,7 @@ from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import TensorResolver
 from tests.fusion_checkpoint import SMALL, write_variant
-from tests.service_process import ServiceProcess, running_service
+from tests.service_process import ServiceProcess, free_port, running_service
 
 RANKS = 4
 MODEL, OTHER = "720x720_5s", "960x960_5s"
@@ -42,10 +41,8 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(checkpoints) -> Iterator[ServiceProcess]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     flags = ("--checkpoints", str(checkpoints), "--device", "cpu", "--grace-s", "5")
-    with running_service("fusion", *flags, ranks=RANKS, port=port) as service:
+    with running_service("fusion", *flags, ranks=RANKS, port=free_port()) as service:
         yield service
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -18,6 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from shared.group.ranks import Ranks, join_group
 from shared.group.steps import stop_followers
+from tests.service_process import free_port
 
 TIMEOUT_S = 30
 WORLD = 3
@@ -120,8 +120,7 @@ def test_nobody_leaves_before_all_are_done() -> None:
     """Rank 0 serves the store here, as it does without torchrun's own."""
     context = mp.get_context("fork")
     left = context.Event()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [context.Process(target=_leave, args=(rank, port, left), daemon=True) for rank in range(WORLD)]
     for process in processes:
         process.start()

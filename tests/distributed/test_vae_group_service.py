@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from services.vae.engine import ClipWritten, VaeEngine
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
-from tests.service_process import ServiceProcess, running_service
+from tests.service_process import ServiceProcess, free_port, running_service
 from tests.vae_checkpoint import write_checkpoint
 
 RANKS = 2
@@ -41,11 +40,6 @@ VIDEO, LONG_VIDEO, AUDIO = latent(48, 3, 6, 4), latent(48, 128, 8, 8), latent(18
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("vae"))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +31,12 @@ from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import LOOPBACK_HOSTS, TensorResolver
 from shared.variants import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
-from tests.service_process import running_service
+from tests.service_process import free_port, running_service
 
 _NAME = "ovi.text_encoder.v1.TextEncoderService"
 _CALL_S = 30.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -188,7 +181,7 @@ def test_a_service_with_bad_files_ends_with_its_own_status(tmp_path: Path) -> No
 def test_calls_are_refused_and_health_says_so_until_loading_has_ended(tiny_checkpoint: Path) -> None:
     """The real servicer and server, with a gate before the real load; the last signal drains the server."""
     stage = StageOptions(
-        listen=ListenConfig("127.0.0.1", _free_port(), grace_s=5.0),
+        listen=ListenConfig("127.0.0.1", free_port(), grace_s=5.0),
         data_port=0,
         advertise_host="127.0.0.1",
         producer_hosts=LOOPBACK_HOSTS,

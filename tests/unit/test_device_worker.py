@@ -117,3 +117,22 @@ def test_a_full_queue_refuses(worker) -> None:
         assert await worker.run(lambda: 1) == 1
 
     run(main())
+
+
+def test_closing_says_whether_the_thread_has_ended() -> None:
+    worker = DeviceWorker("test", max_pending=2)
+    begun, release = threading.Event(), threading.Event()
+
+    def block():
+        begun.set()
+        assert release.wait(TIMEOUT_S)
+
+    async def main():
+        job = asyncio.ensure_future(worker.run(block))
+        assert await asyncio.to_thread(begun.wait, TIMEOUT_S)
+        assert not worker.close(timeout_s=0.01)
+        release.set()
+        await job
+        assert worker.close(timeout_s=TIMEOUT_S)
+
+    run(main())
