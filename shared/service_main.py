@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shared.errors import EXIT_BAD_CONFIG, CheckpointError
+from shared.errors import EXIT_BAD_CONFIG, CheckpointError, OutOfMemory
 from shared.group.ranks import Ranks, end_torchrun
 from shared.grpc_server import ListenConfig
 from shared.logging import configure_logging, get_logger
@@ -152,11 +152,12 @@ def refusing_bad_checkpoints(ranks: Ranks | None = None) -> Iterator[None]:
     """Around a service's whole run. A group of several ranks is not started again: the file would be the same.
 
     Raises:
-        SystemExit: EXIT_BAD_CONFIG with the reason in the log if a weight file does not fit.
+        SystemExit: EXIT_BAD_CONFIG with the reason in the log if a weight file does not fit the model, or the model the
+            memory.
     """
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, OutOfMemory) as error:
         log.error("cannot start", reason=error.message)
         if ranks is not None and ranks.world_size > 1:
             end_torchrun()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ovi.common.v1 import system_pb2 as pb
 from shared.errors import InvalidRequest
 from shared.memory.devices import DeviceState
+from shared.memory.estimate import Components
 from shared.memory.modes import VramMode
 
 _MODES = {
@@ -34,6 +35,37 @@ def vram_mode_from_proto(value: pb.VramMode.ValueType, *, field: str) -> VramMod
 def vram_mode_to_proto(mode: VramMode) -> pb.VramMode.ValueType:
     """The number of a mode."""
     return _MODES_TO_PROTO[mode]
+
+
+def memory_plan_to_proto(
+    mode: VramMode,
+    components: Components,
+    budget_bytes: int | None,
+    *,
+    allocation: str = "single",
+    fits: bool = True,
+    explanation: str = "",
+) -> pb.MemoryPlan:
+    """The wire form of a stage's plan.
+
+    Args:
+        mode: not AUTO.
+        components: of the device.
+        budget_bytes: what the process's allocator may reserve; None: no limit, sent as 0.
+        allocation: how the work is spread over devices.
+        fits: whether it does.
+        explanation: one line.
+    """
+    context = components.total - components.reserved
+    return pb.MemoryPlan(
+        vram_mode=vram_mode_to_proto(mode),
+        allocation=allocation,
+        component_bytes=components.by_name,
+        total_bytes=components.total,
+        available_bytes=0 if budget_bytes is None else budget_bytes + context,
+        fits=fits,
+        explanation=explanation,
+    )
 
 
 def device_to_proto(device: DeviceState) -> pb.Device:

@@ -16,15 +16,19 @@ from services.fusion.engine import FusionEngine
 from services.fusion.group import LeadingEngine, follow, share_plan
 from services.fusion.model.config import RELEASED
 from services.fusion.ops import Execution, Kernels
-from services.fusion.parallel.plan import PLAN_NAMES, ParallelPlan, choose_plan
+from services.fusion.parallel.plan import ParallelPlan, choose_plan
 from services.fusion.servicer import FusionServicer
+from shared.allocations import ALLOCATIONS
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
 from shared.group.ranks import Ranks, end_torchrun, end_with_parent, join_group, rank_device
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
+from shared.memory.devices import Devices
 from shared.memory.modes import WeightFormat
+from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.service_main import StageOptions, refusing_bad_checkpoints, run_service, stage_options, stage_parser
+from shared.system_service import system_service
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import TensorResolver
@@ -42,36 +46,44 @@ async def run(options: FusionOptions) -> None:
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
     resolver = TensorResolver.over_grpc(stage.producer_hosts)
     servicer = FusionServicer(engine, worker, resolver, tensors, options)
-    service = GrpcService(
-        fusion_pb2.DESCRIPTOR.services_by_name["FusionService"].full_name,
-        lambda server: fusion_pb2_grpc.add_FusionServiceServicer_to_server(servicer, server),
-    )
+    watcher = DeviceWatcher(own_devices(Devices()))
+    services = [
+        GrpcService(
+            fusion_pb2.DESCRIPTOR.services_by_name["FusionService"].full_name,
+            lambda server: fusion_pb2_grpc.add_FusionServiceServicer_to_server(servicer, server),
+        ),
+        system_service(watcher, servicer.plan, servicer.set_mode),
+    ]
 
     async def load() -> None:
+        await watcher.start()
         await asyncio.to_thread(engine.discover)
         model = engine.variant(options.model).variant.id if options.model else next(iter(engine.served))
         await worker.run(lambda: engine.load(model))
         await worker.run(lambda: engine.warm_up(model))
 
     async def close() -> None:
-        worker.close()
+        await watcher.stop()
+        idle = worker.close()
         resolver.close()
         # A run that ended while draining is lost, and made again, if nobody can fetch its latents any more.
         await asyncio.to_thread(store.wait_empty, stage.listen.grace_s)
         tensors.stop(stage.listen.grace_s)
-        if isinstance(engine, LeadingEngine):
+        # In the middle of a load or a run the others expect its collectives; they end when this process does.
+        if isinstance(engine, LeadingEngine) and idle:
             engine.stop_followers()
 
-    await serve(stage.listen, [service], load=load, close=close)
+    await serve(stage.listen, services, load=load, close=close)
 
 
 def _make_engine(options: FusionOptions) -> FusionEngine:
     stage = options.stage
+    given = (stage.checkpoints, stage.device, stage.precision, options.execution)
     if options.ranks.world_size == 1:
-        return FusionEngine(stage.checkpoints, stage.device, stage.precision, options.execution)
+        return FusionEngine(*given, vram_mode=stage.vram_mode, memory_bytes=stage.memory_bytes)
     fellowship = join_group(options.ranks, stage.device)
     groups = share_plan(options.plan, fellowship.channel)
-    return LeadingEngine(stage.checkpoints, stage.device, stage.precision, options.execution, groups, fellowship)
+    return LeadingEngine(*given, groups, fellowship, stage.vram_mode, stage.memory_bytes)
 
 
 def run_follower(options: FusionOptions) -> None:
@@ -79,7 +91,8 @@ def run_follower(options: FusionOptions) -> None:
     stage = options.stage
     fellowship = join_group(options.ranks, stage.device)
     groups = share_plan(options.plan, fellowship.channel)
-    engine = FusionEngine(stage.checkpoints, stage.device, stage.precision, options.execution, groups)
+    given = (stage.checkpoints, stage.device, stage.precision, options.execution, groups)
+    engine = FusionEngine(*given, vram_mode=stage.vram_mode, memory_bytes=stage.memory_bytes)
     engine.discover()
     follow(engine, fellowship)
 
@@ -131,7 +144,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--plan",
-        choices=PLAN_NAMES,
+        choices=ALLOCATIONS,
         default="auto",
         help="how the ranks share the work: auto chooses by their number, and shares the weights as fsdp does"
         " where one GPU cannot hold them (default: %(default)s)",

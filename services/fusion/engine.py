@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from services.fusion.checkpoint import FusionFile
+from services.fusion.holder import ModelHolder
+from services.fusion.memory.chunks import chunked
 from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Execution, select_ops
-from services.fusion.packing import pack_projections
 from services.fusion.parallel.agreement import bind_agreement
-from services.fusion.parallel.fsdp import load_sharded
 from services.fusion.parallel.groups import Groups
 from services.fusion.parallel.parallelize import make_predictor
-from services.fusion.quantization import quantize
+from services.fusion.planner import MemoryPlanner, explain, largest_clip
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import (
     Conditions,
@@ -27,10 +27,11 @@ from services.fusion.sampling.denoise import (
     denoise,
     draw_noise,
 )
-from shared.device_memory import peak_gib, reset_peak
+from shared.device_memory import freed, peak_gib, reset_peak
 from shared.errors import CheckpointError, InvalidRequest
 from shared.logging import get_logger
-from shared.memory.modes import WeightFormat
+from shared.memory.choose import FusionPlan
+from shared.memory.modes import RECIPES, VramMode, WeightFormat
 from shared.sampling_options import SamplingOptions
 from shared.shapes import common_sizes
 from shared.variants import VARIANTS
@@ -38,10 +39,18 @@ from shared.variants import VARIANTS
 log = get_logger(__name__)
 
 
-class FusionEngine:
-    """Holds at most one variant on the device; a run of another one loads that first.
+@dataclass(frozen=True)
+class ModeLowered:
+    """Memory ran out; the run begins again in this mode."""
 
-    `load` and `denoise` are called on one thread only, the device's.
+    mode: VramMode
+    reason: str
+
+
+class FusionEngine:
+    """Holds at most one variant, in one memory mode; a run of another one, or in another mode, loads that first.
+
+    `load`, `set_mode` and `denoise` are called on one thread only, the device's.
     """
 
     def __init__(
@@ -51,6 +60,9 @@ class FusionEngine:
         dtype: torch.dtype,
         execution: Execution | None = None,
         groups: Groups | None = None,
+        *,
+        vram_mode: VramMode = VramMode.STANDARD,
+        memory_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -59,32 +71,43 @@ class FusionEngine:
             dtype: arithmetic of the model.
             execution: how passes are computed; None for the default.
             groups: ranks that share every run; None if this process is alone.
+            vram_mode: in which runs are made that do not say; AUTO is decided by `discover`.
+            memory_bytes: most that this process may take of the device; None: no more than there is.
         """
         self._checkpoints = checkpoints
         self._device = device
         self._dtype = dtype
         self._groups = groups
-        self._loaded: tuple[str, FusionModel] | None = None
-        self._bound: tuple[tuple[int, int, int, int], Predictor] | None = None
+        self._bound: tuple[tuple[object, ...], Predictor] | None = None
         self._execution = execution or Execution()
         # cuDNN would otherwise run float32 convolutions in TF32.
         torch.backends.cudnn.allow_tf32 = False
         self.ops = select_ops(device, dtype, self._execution.kernels)
+        self._holder = ModelHolder(device, dtype, groups, packed=self.ops.fused)
+        self.planner = MemoryPlanner(device, dtype, groups, memory_bytes)
+        self.mode = vram_mode
+        """In which runs are made that do not say."""
         self.served: dict[str, ServedVariant] = {}
         """Variants that can be run, by id."""
         self.problems: dict[str, str] = {}
         """Why a variant whose file is there cannot be run, by id."""
 
+    def forget(self) -> None:
+        """Hold no variant."""
+        self._bound = None
+        self._holder.forget()
+
     @property
     def loaded_id(self) -> str | None:
-        """Variant on the device."""
-        return self._loaded[0] if self._loaded else None
+        """Variant that is loaded."""
+        return self._holder.model
 
     def discover(self) -> None:
-        """Check the header of every variant's file that is in the folder.
+        """Check the header of every variant's file that is in the folder, and choose a mode that suits all of them.
 
         Raises:
             CheckpointError: no file is there, or none fits.
+            OutOfMemory: the mode takes more than there is, or every mode does.
         """
         for variant in VARIANTS.values():
             path = self._checkpoints / variant.file
@@ -101,6 +124,9 @@ class FusionEngine:
             files = ", ".join(variant.file for variant in VARIANTS.values())
             why = "; ".join(self.problems.values()) or f"none of {files} is there; see `ovi models check`"
             raise CheckpointError(f"{self._checkpoints}: no fusion model can be served: {why}")
+        self.mode = self.planner.settle(self.mode, list(self.served.values()))
+        largest = max(self.served.values(), key=lambda each: largest_clip(each).video)
+        log.info("memory mode", plan=explain(self.plan(largest.variant.id), largest))
 
     def _require_heads(self, file: FusionFile) -> None:
         degree = self._groups.sequence.size if self._groups is not None else 1
@@ -123,37 +149,57 @@ class FusionEngine:
 
     @property
     def arithmetic(self) -> str:
-        """Of the products, in words."""
+        """Of the products in the present mode, in words."""
         name = str(self._dtype).removeprefix("torch.")
-        weights = self._execution.weights
+        weights = self._weights(RECIPES[self.mode].weights)
         return f"{name} arithmetic" if weights is WeightFormat.NATIVE else f"held in {weights.value}, {name} arithmetic"
 
-    def load(self, model: str) -> FusionModel:
-        """The model of this variant on the device; the one before is freed first.
+    def plan(self, model: str, mode: VramMode = VramMode.AUTO) -> FusionPlan:
+        """What a served variant takes.
+
+        Args:
+            model: its id.
+            mode: AUTO: the present one.
+
+        Raises:
+            OutOfMemory: it does not fit; the message has the numbers and the mode that would fit.
+        """
+        plan = self.planner.plan(self.served[model], self.mode if mode is VramMode.AUTO else mode)
+        return replace(plan, layout=replace(plan.layout, weights=self._weights(plan.layout.weights)))
+
+    def _weights(self, of_mode: WeightFormat) -> WeightFormat:
+        """What `--weights` says counts in modes that say nothing."""
+        return self._execution.weights if of_mode is WeightFormat.NATIVE else of_mode
+
+    def load(self, model: str, mode: VramMode = VramMode.AUTO) -> FusionModel:
+        """The model of this variant; the one before is let go of first.
 
         Raises:
             CheckpointError: the file's values cannot be read.
+            OutOfMemory: see `plan`.
         """
-        if self._loaded and self._loaded[0] == model:
-            return self._loaded[1]
-        self._loaded = self._bound = None
-        gc.collect()  # a sharded model refers to itself
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        start = time.perf_counter()
-        network = self._read(self.served[model].file)
-        self._loaded = (model, network)
-        log.info("model loaded", model=model, seconds=round(time.perf_counter() - start, 3))
-        return network
+        plan = self.plan(model, mode)
+        hosted = RECIPES[plan.mode].takes_turns
+        if not self._holder.holds(model, plan.layout, hosted=hosted):
+            self._bound = None
+        return self._holder.load(model, self.served[model].file, plan.layout, hosted=hosted)
 
-    def _read(self, file: FusionFile) -> FusionModel:
-        if self._groups is not None and self._groups.weights is not None:
-            return load_sharded(file, self._groups.weights, self._device, self._dtype)
-        network = file.load(self._device, self._dtype)
-        quantize(network, self._execution.weights)
-        if self.ops.fused:
-            pack_projections(network)
-        return network
+    def set_mode(self, mode: VramMode, model: str) -> FusionPlan:
+        """Make a mode the present one, and load a variant in it; what holds then.
+
+        Args:
+            mode: AUTO: the best that fits all variants.
+            model: a served one.
+
+        Raises:
+            OutOfMemory: it does not fit; nothing has changed.
+            CheckpointError: the file's values cannot be read; the mode has changed, nothing is loaded.
+        """
+        mode = self.planner.settle(mode, [self.served[model]])
+        self.mode = mode
+        self.load(model)
+        self._end_turn(mode)
+        return self.plan(model)
 
     def warm_up(self, model: str) -> None:
         """One guided step on noise, so that kernels are compiled and chosen before the first job; on CUDA only.
@@ -172,20 +218,48 @@ class FusionEngine:
             pass
         log.info("warmed up", model=model, seconds=round(time.perf_counter() - start, 3))
 
-    def denoise(self, spec: RunSpec, inputs: RunInputs) -> Iterator[StepDone | Latents]:
+    def denoise(
+        self, spec: RunSpec, inputs: RunInputs, mode: VramMode = VramMode.AUTO
+    ) -> Iterator[StepDone | ModeLowered | Latents]:
         """Run a checked spec: a StepDone after each step, the latents (on the CPU, float32) last.
+
+        A run whose memory runs out is begun again once, in the next mode that takes less and is estimated to fit.
+
+        Args:
+            spec: of the run.
+            inputs: of the run.
+            mode: in which it is made; AUTO: what the spec says.
 
         Raises:
             CheckpointError: the variant's values cannot be read.
+            OutOfMemory: no mode fits that the run may be made in.
         """
+        if mode is VramMode.AUTO:
+            mode = self.mode if spec.vram_mode is VramMode.AUTO else spec.vram_mode
+        try:
+            yield from self._denoise(spec, inputs, mode)
+            return
+        except torch.OutOfMemoryError as error:
+            self._bound = None  # what recorded passes hold may be what the next job lacks
+            if self._groups is not None:
+                raise
+            reason = str(error).splitlines()[0]
+        # Here nothing holds the frames of the run any more.
+        lower = self.planner.lower(self.served[spec.model], spec.vram_mode, mode, reason)
+        self.forget()
+        log.warning("memory ran out; the run begins again", mode=mode.value, lower=lower.value, reason=reason)
+        yield ModeLowered(lower, reason)
+        yield from self._denoise(spec, inputs, lower)
+
+    def _denoise(self, spec: RunSpec, inputs: RunInputs, mode: VramMode) -> Iterator[StepDone | Latents]:
         served = self.served[spec.model]
-        network = self.load(spec.model)
+        network = self.load(spec.model, mode)
         start = time.perf_counter()
         reset_peak(self._device)
         video_shape = served.video_shape(spec.height, spec.width)
         noise = draw_noise(video_shape.as_tuple(), served.audio_shape.as_tuple(), spec.options.seed)
         try:
-            predict, conditions = self._prepare(network, noise, spec, inputs)
+            predict, conditions = self._prepare(network, noise, spec, inputs, mode)
             noise = Latents(noise.video_CFHW.to(self._device), noise.audio_SC.to(self._device))
             for event in denoise(predict, noise, conditions, spec.options, bind_agreement(self._groups)):
                 if isinstance(event, StepDone):
@@ -195,15 +269,24 @@ class FusionEngine:
                 else:
                     latents = Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())
                     seconds = round(time.perf_counter() - start, 3)
-                    log.info("denoised", model=spec.model, seconds=seconds, peak_device_gib=peak_gib(self._device))
+                    peak = peak_gib(self._device)
+                    log.info("denoised", model=spec.model, mode=mode.value, seconds=seconds, peak_device_gib=peak)
                     yield latents
-        except torch.OutOfMemoryError:
-            self._bound = None  # what recorded passes hold may be what the next job lacks
-            raise
+        finally:
+            predict = conditions = None  # type: ignore[assignment]
+            self._end_turn(mode)
+
+    def _end_turn(self, mode: VramMode) -> None:
+        """Leave the device to the other stages, as far as the mode says."""
+        if RECIPES[mode].takes_turns:
+            self._bound = None
+            self._holder.release()
+        elif mode is VramMode.ALL_GPU:
+            log.info("memory freed", **freed(self._device))
 
     @torch.inference_mode()
     def _prepare(
-        self, network: FusionModel, noise: Latents, spec: RunSpec, inputs: RunInputs
+        self, network: FusionModel, noise: Latents, spec: RunSpec, inputs: RunInputs, mode: VramMode
     ) -> tuple[Predictor, Conditions]:
         _, frames, height, width = noise.video_CFHW.shape
         video_shape = (frames, height, width)
@@ -219,14 +302,18 @@ class FusionEngine:
             negative=negative[0] if negative else None,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
-        return self._predictor(network, video_shape, len(noise.audio_SC)), conditions
+        token_chunk = self.plan(spec.model, mode).layout.token_chunk
+        return self._predictor(network, video_shape, len(noise.audio_SC), token_chunk), conditions
 
-    def _predictor(self, network: FusionModel, video_shape: tuple[int, int, int], audio_length: int) -> Predictor:
+    def _predictor(
+        self, network: FusionModel, video_shape: tuple[int, int, int], audio_length: int, token_chunk: int | None
+    ) -> Predictor:
         """The model's passes for one shape; kept until another shape or variant comes, with what was recorded."""
-        shape = (*video_shape, audio_length)
-        if self._bound is None or self._bound[0] != shape:
+        kind = (*video_shape, audio_length, token_chunk)
+        if self._bound is None or self._bound[0] != kind:
             self._bound = None
             rope = network.rope_tables(video_shape, audio_length).to(self._device)
-            predictor = make_predictor(network, rope, self.ops.ops, self._groups, graphs=self._execution.graphs)
-            self._bound = (shape, predictor)
+            ops = self.ops.ops if token_chunk is None else chunked(self.ops.ops, token_chunk)
+            predictor = make_predictor(network, rope, ops, self._groups, graphs=self._execution.graphs)
+            self._bound = (kind, predictor)
         return self._bound[1]

@@ -9,19 +9,21 @@ from pathlib import Path
 
 import torch
 
-from services.fusion.engine import FusionEngine
+from services.fusion.engine import FusionEngine, ModeLowered
 from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Execution
 from services.fusion.parallel.groups import Groups, make_groups
 from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.request import RunInputs, RunSpec
 from services.fusion.sampling.denoise import Latents, StepDone
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, FailedPrecondition
 from shared.group.control import Command, ControlChannel
 from shared.group.ranks import Fellowship
 from shared.group.steps import follow as follow_commands
 from shared.group.steps import follow_steps, lead, load_together, stop_followers
 from shared.logging import get_logger
+from shared.memory.choose import FusionPlan
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions, Solver
 
 log = get_logger(__name__)
@@ -52,6 +54,8 @@ class LeadingEngine(FusionEngine):
         execution: Execution,
         groups: Groups,
         fellowship: Fellowship,
+        vram_mode: VramMode = VramMode.STANDARD,
+        memory_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -61,28 +65,44 @@ class LeadingEngine(FusionEngine):
             execution: how passes are computed.
             groups: both axes of the plan.
             fellowship: with the other ranks.
+            vram_mode: see FusionEngine.
+            memory_bytes: see there.
         """
-        super().__init__(checkpoints, device, dtype, execution, groups)
+        super().__init__(checkpoints, device, dtype, execution, groups, vram_mode=vram_mode, memory_bytes=memory_bytes)
         self._fellowship = fellowship
+        self._num_ranks = groups.guidance.size * groups.sequence.size
         self._channel = fellowship.channel
 
-    def load(self, model: str) -> FusionModel:
+    def load(self, model: str, mode: VramMode = VramMode.AUTO) -> FusionModel:
         """See FusionEngine.load; on all ranks."""
-        if self._loaded is None or self._loaded[0] != model:
+        if self.loaded_id != model:
             self._channel.send(Command(_LOAD, {"model": model}, {}))
             try:
-                return load_together(partial(super().load, model), model, self._channel)
+                return load_together(partial(super().load, model, mode), model, self._channel)
             except CheckpointError:
                 # It may be here and nowhere else; the next run of it must ask all ranks again.
-                self._loaded = self._bound = None
+                self.forget()
                 raise
-        return super().load(model)
+        return super().load(model, mode)
 
-    def denoise(self, spec: RunSpec, inputs: RunInputs) -> Iterator[StepDone | Latents]:
+    def set_mode(self, mode: VramMode, model: str) -> FusionPlan:
+        """Not with several ranks: only modes in which everything stays where it is are for them.
+
+        Raises:
+            FailedPrecondition: always.
+        """
+        raise FailedPrecondition(
+            f"the fusion service runs on {self._num_ranks} GPUs, whose mode is chosen at the start;"
+            " start it again with another --vram-mode or --gpus"
+        )
+
+    def denoise(
+        self, spec: RunSpec, inputs: RunInputs, mode: VramMode = VramMode.AUTO
+    ) -> Iterator[StepDone | ModeLowered | Latents]:
         """See FusionEngine.denoise; on all ranks. Whether a next step is taken is decided here, once a step."""
         self.load(spec.model)
         command = Command(_RUN, _spec_to_json(spec), _tensors_of(inputs))
-        return lead(self._channel, command, super().denoise(spec, inputs))
+        return lead(self._channel, command, super().denoise(spec, inputs, mode))
 
     def stop_followers(self) -> None:
         """Let the other ranks end, and leave the group."""
@@ -119,10 +139,12 @@ def _tensors_of(inputs: RunInputs) -> dict[str, torch.Tensor | None]:
 def _spec_to_json(spec: RunSpec) -> dict[str, object]:
     content = asdict(spec)
     content["options"]["solver"] = spec.options.solver.value
+    content["vram_mode"] = spec.vram_mode.value
     return content
 
 
 def _spec_from_json(content: dict[str, object]) -> RunSpec:
     options = dict(content.pop("options"))  # type: ignore[call-overload]
     options["solver"] = Solver(options["solver"])
+    content["vram_mode"] = VramMode(content["vram_mode"])
     return RunSpec(options=SamplingOptions(**options), **content)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import torch
 
 from services.fusion.checkpoint import FusionFile
 from shared.errors import FieldViolation
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions, check_sampling_options
 from shared.shapes import AudioLatentShape, VideoLatentShape, common_sizes, legal_size
 from shared.variants import Variant
@@ -53,6 +54,8 @@ class RunSpec:
     height: int
     width: int
     options: SamplingOptions
+    vram_mode: VramMode = VramMode.AUTO
+    """AUTO: the engine's present mode."""
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,23 @@ from typing import Literal
 import grpc
 import torch
 
-from ovi.common.v1 import tensor_pb2
+from ovi.common.v1 import system_pb2, tensor_pb2
 from ovi.fusion.v1 import fusion_pb2 as pb
 from ovi.fusion.v1 import fusion_pb2_grpc as pb_grpc
 from services.fusion.config import FusionOptions
-from services.fusion.engine import FusionEngine
+from services.fusion.engine import FusionEngine, ModeLowered
+from services.fusion.planner import explain, largest_clip
 from services.fusion.request import RunInputs, RunSpec, ServedVariant, TensorShape, check_finite, check_run
 from services.fusion.sampling.denoise import Latents, StepDone
 from shared.device_worker import DeviceWorker
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, OutOfMemory
 from shared.generation_proto import prompt_format_to_proto, sampling_options_from_proto, size_to_proto
+from shared.memory.modes import RECIPES, VramMode
+from shared.memory.turns import DeviceTurns, device_key
 from shared.service_main import device_name
 from shared.shapes import FPS, common_sizes
+from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto, vram_mode_to_proto
+from shared.system_service import PlanWish
 from shared.tensors.framing import spec_from_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
@@ -53,11 +58,14 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         self._resolver = resolver
         self._tensors = tensors
         self._options = options
+        self._turns = DeviceTurns(device_key(options.stage.device))
 
     async def Denoise(
         self, request: pb.DenoiseRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DenoiseResponse]:
         spec, references = self._checked(request)
+        # What does not fit is refused before anything is fetched; from here on the mode has a name.
+        mode = self._engine.plan(spec.model, spec.vram_mode).mode
         names = list(references)
         remaining_s = context.time_remaining()
         timeout_s = _FETCH_TIMEOUT_S if remaining_s is None else min(_FETCH_TIMEOUT_S, remaining_s)
@@ -71,9 +79,18 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         )
         if violations := check_finite(inputs):
             raise InvalidRequest(violations)
-        async with contextlib.aclosing(self._worker.stream(lambda: self._engine.denoise(spec, inputs))) as events:
-            async for event in events:
-                yield pb.DenoiseResponse(step=_step(event)) if isinstance(event, StepDone) else self._result(event)
+        async with contextlib.AsyncExitStack() as stack:
+            if RECIPES[mode].takes_turns:
+                await stack.enter_async_context(self._turns.turn())
+            stream = self._worker.stream(lambda: self._engine.denoise(spec, inputs, mode))
+            async for event in await stack.enter_async_context(contextlib.aclosing(stream)):
+                if isinstance(event, StepDone):
+                    yield pb.DenoiseResponse(step=_step(event))
+                elif isinstance(event, ModeLowered):
+                    mode = event.mode
+                    yield pb.DenoiseResponse(mode_lowered=_lowered(event))
+                else:
+                    yield self._result(event, mode)
 
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
@@ -86,12 +103,41 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             kernels=self._engine.ops.name,
             num_pending=self._worker.num_pending,
             plan=self._options.plan.describe(),
+            memory=self.plan(PlanWish(VramMode.AUTO, "", None)),
         )
+
+    def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:
+        """What a wish would take; for SystemService."""
+        planner, mode = self._engine.planner, self._engine.mode if wish.mode is VramMode.AUTO else wish.mode
+        models = [self._engine.variant(wish.model)] if wish.model else list(self._engine.served.values())
+        served = max(models, key=lambda each: largest_clip(each).video)
+        try:
+            plan, refused = planner.plan(served, mode), ""
+        except OutOfMemory as error:
+            plan, refused = planner.least(served, mode), error.message
+        return memory_plan_to_proto(
+            mode,
+            plan.components,
+            plan.budget_bytes,
+            allocation=planner.allocation,
+            fits=not refused,
+            explanation=refused or explain(plan, served),
+        )
+
+    async def set_mode(self, mode: VramMode, model: str) -> system_pb2.MemoryPlan:
+        """Switch between two runs; for SystemService."""
+        if model:
+            model = self._engine.variant(model).variant.id
+        else:
+            model = self._engine.loaded_id or next(iter(self._engine.served))
+        await self._worker.run(lambda: self._engine.set_mode(mode, model))
+        return self.plan(PlanWish(VramMode.AUTO, model, None))
 
     def _checked(self, request: pb.DenoiseRequest) -> tuple[RunSpec, dict[str, tensor_pb2.TensorRef]]:
         served = self._engine.variant(request.model)
         options = sampling_options_from_proto(request.options, prefix="options.")
-        spec = RunSpec(request.model, request.height, request.width, options)
+        mode = vram_mode_from_proto(request.vram_mode, field="vram_mode")
+        spec = RunSpec(request.model, request.height, request.width, options, mode)
         references: dict[str, tensor_pb2.TensorRef] = {
             name: getattr(request, name) for name in _REFERENCES if request.HasField(name)
         }
@@ -108,11 +154,12 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             self._resolver.fetch, reference, field=name, max_bytes=_MAX_INPUT_BYTES, timeout_s=timeout_s
         )
 
-    def _result(self, latents: Latents) -> pb.DenoiseResponse:
+    def _result(self, latents: Latents, mode: VramMode) -> pb.DenoiseResponse:
         video, audio = (
             self._tensors.publish(self._tensors.store.put(tensor)) for tensor in (latents.video_CFHW, latents.audio_SC)
         )
-        return pb.DenoiseResponse(result=pb.Result(video_latent=video, audio_latent=audio))
+        result = pb.Result(video_latent=video, audio_latent=audio, vram_mode=vram_mode_to_proto(mode))
+        return pb.DenoiseResponse(result=result)
 
     def _variant(self, served: ServedVariant) -> pb.Variant:
         variant, file = served.variant, served.file
@@ -130,6 +177,10 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             precision=f"{file.precision} weights, {self._engine.arithmetic}",
             fingerprint=served.fingerprint,
         )
+
+
+def _lowered(event: ModeLowered) -> pb.ModeLowered:
+    return pb.ModeLowered(vram_mode=vram_mode_to_proto(event.mode), reason=event.reason)
 
 
 def _step(event: StepDone) -> pb.Step:
