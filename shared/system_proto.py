@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ovi.common.v1 import system_pb2 as pb
 from shared.errors import InvalidRequest
-from shared.memory.devices import DeviceState
+from shared.memory.device_state import DeviceState
 from shared.memory.estimate import Components
 from shared.memory.modes import VramMode
 
