@@ -12,7 +12,7 @@ from services.fusion.kernels.products import linears as joint_linears
 from services.fusion.memory.chunks import chunked
 from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import Branch, FusionModel
-from services.fusion.model.operations import KV, Ops, TextKV, TowerOps, in_turn
+from services.fusion.model.operations import KV, Ops, TextKV, TowerOps
 from services.fusion.packing import pack_projections
 from services.fusion.quantization import quantize
 from shared.memory.modes import WeightFormat
@@ -91,10 +91,11 @@ def test_no_operation_sees_more_tokens_than_a_chunk() -> None:
 
 
 def test_attentions_stay_replaceable_and_towers_take_turns() -> None:
-    ops = chunked(PLAIN._replace(together=lambda first, second: (first(), second())), 4)
+    ops, order = chunked(PLAIN, 4), []
     assert ops.audio.joint_attention is None, "sequence parallelism replaces the audio tower's other_attention"
     assert chunked(JOINT, 4).video.joint_attention is not None
-    assert ops.together is in_turn
+    assert ops.together(lambda: order.append("video") or 1, lambda: order.append("audio") or 2) == (1, 2)
+    assert order == ["audio", "video"]
 
 
 @pytest.mark.parametrize("weights", [WeightFormat.NATIVE, WeightFormat.INT8])

@@ -5,8 +5,9 @@ The largest is the hidden layer of the feed-forward: 4.7 times its input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,13 @@ def chunked(ops: Ops, tokens: int) -> Ops:
         tokens: at least 1.
     """
     assert tokens >= 1
-    return Ops(_chunked_tower(ops.video, tokens), _chunked_tower(ops.audio, tokens))
+    return Ops(_chunked_tower(ops.video, tokens), _chunked_tower(ops.audio, tokens), _audio_first)
+
+
+def _audio_first(video: Callable[[], Any], audio: Callable[[], Any]) -> tuple[Any, Any]:
+    """Together; the audio tower's keys and values of the video tokens are gone before the video tower begins."""
+    audio_result = audio()
+    return video(), audio_result
 
 
 def _chunked_tower(ops: TowerOps, tokens: int) -> TowerOps:
