@@ -130,7 +130,7 @@ class FusedOps:
         if past is None:
             past = x_FHWC.new_zeros(TAPS - 1, *x_FHWC.shape[1:])
         x_FHWC = torch.cat([past, x_FHWC])
-        carried.states[doubler.index] = x_FHWC[1 - TAPS :]
+        carried.states[doubler.index] = x_FHWC[1 - TAPS :].clone()
         y_FHWC = _convolve_frames(x_FHWC, doubler.weight, (0, 0, 0)) + doubler.bias_C
         return y_FHWC.unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
 
@@ -153,7 +153,7 @@ class FusedOps:
         out_FHWC = torch.empty(frames, *sides, PIXEL_CHANNELS, dtype=dtype, device=taps_TFHW.device)
         before_TFHW = carried.states.get(last.index)
         self._kernels.pixels(taps_TFHW, before_TFHW, last.bias_C, carried.halo, out_FHWC)
-        carried.states[last.index] = taps_TFHW
+        carried.states[last.index] = taps_TFHW[:, 1 - TAPS :].contiguous()
         return out_FHWC
 
 

@@ -132,12 +132,28 @@ class Stripe(Protocol):
         """The rows of all stripes, from the top."""
 
 
+@dataclass(frozen=True)
+class Window:
+    """A part of the picture, in latent pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def cut(self, x_FHWC: torch.Tensor) -> torch.Tensor:
+        """A copy of it from frames as large as the latent."""
+        return x_FHWC[:, self.top : self.top + self.height, self.left : self.left + self.width].contiguous()
+
+
 @dataclass
 class Carried:
     """What one decode carries from step to step."""
 
     stripe: Stripe | None = None
     """None: the whole picture."""
+    window: Window | None = None
+    """What of the picture is made; None: all of it. From the second level on, nothing else is there."""
     first: bool = True
     """Whether this is the clip's first latent frame, which makes one picture."""
     states: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -275,5 +291,5 @@ def _after_past(x_FHWC: torch.Tensor, index: int, carried: Carried) -> torch.Ten
     if past is None:
         past = x_FHWC.new_zeros(TAPS - 1, *x_FHWC.shape[1:])
     x_FHWC = torch.cat([past, x_FHWC])
-    carried.states[index] = x_FHWC[1 - TAPS :]
+    carried.states[index] = x_FHWC[1 - TAPS :].clone()
     return x_FHWC
