@@ -12,6 +12,7 @@ from services.gateway.artifacts import Artifacts
 from services.gateway.config import GatewayOptions, PipelineOptions, StageAddresses
 from services.gateway.database import DATABASE_FILE, CannotStart, DataDirLock, open_database
 from services.gateway.engine import GatewayEngine
+from services.gateway.fitting import Fitting
 from services.gateway.http_app import GatewayPhase, HttpSide, make_app
 from services.gateway.images import ImageStore
 from services.gateway.jobs.store import JobStore
@@ -19,13 +20,16 @@ from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog
 from services.gateway.pipeline import Pipeline
-from services.gateway.servicer import JobServicer, ModelServicer
+from services.gateway.servicer import JobServicer, ModelServicer, StackSystemServicer
 from services.gateway.stages import StageClients
+from services.gateway.system import StackSystem
 from services.gateway.work import JobWork
 from shared.errors import EXIT_BAD_CONFIG
 from shared.grpc_server import GrpcService, ListenConfig, serve
 from shared.logging import get_logger
+from shared.memory.watcher import DeviceWatcher
 from shared.service_main import run_service
+from shared.system_service import system_grpc_service
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import LOOPBACK_HOSTS, TensorResolver
@@ -52,6 +56,8 @@ async def _run_owner(options: GatewayOptions) -> None:
     tracker = JobTracker(store, metrics)
     clients = StageClients.connect(options.stages)
     catalog = ModelCatalog(clients.fusion.describe)
+    system = StackSystem(clients)
+    watcher = DeviceWatcher(system.look)
     artifacts, images = Artifacts(options.data_dir / "artifacts"), ImageStore(options.data_dir / "images")
     resolver = TensorResolver.over_grpc(options.producer_hosts)
     latents = TensorStore(lease_s=_LATENT_LEASE_S, max_bytes=_LATENT_STORE_BYTES)
@@ -60,8 +66,9 @@ async def _run_owner(options: GatewayOptions) -> None:
     )
     work = JobWork(tracker, clients, catalog, artifacts, images, resolver, tensors, metrics, options.pipeline)
     pipeline = Pipeline(database, tracker, work, options.pipeline)
-    engine = GatewayEngine(tracker, pipeline, catalog, artifacts, images, metrics)
-    app = make_app(engine, clients, artifacts, metrics, phase)
+    fitting = Fitting(clients.fusion.system.plan)
+    engine = GatewayEngine(tracker, pipeline, catalog, fitting, artifacts, images, metrics)
+    app = make_app(engine, clients, artifacts, metrics, phase, system, watcher)
     try:
         http = HttpSide(app, host=listen.host, port=options.http_port, grace_s=listen.grace_s)
     except OSError as error:
@@ -77,11 +84,13 @@ async def _run_owner(options: GatewayOptions) -> None:
             raise CannotStart(f"{what}; move it away or put a backup in its place") from None
         http.start()
         await pipeline.launch()
+        await watcher.start()
         phase.serving = True
 
     async def drain() -> None:
         phase.serving = False
         tracker.end_watches()
+        await watcher.stop()
 
     async def close() -> None:
         await http.stop()
@@ -92,7 +101,8 @@ async def _run_owner(options: GatewayOptions) -> None:
         tracker.close()
         database.dispose()
 
-    await serve(listen, _services(engine), load=load, close=close, drain=drain)
+    services = [*_services(engine), system_grpc_service(StackSystemServicer(watcher, system))]
+    await serve(listen, services, load=load, close=close, drain=drain)
 
 
 def _services(engine: GatewayEngine) -> list[GrpcService]:

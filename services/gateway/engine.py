@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ovi.gateway.v1 import gateway_pb2
 from services.gateway.artifacts import Artifacts
 from services.gateway.disk import disk_full_is_said
+from services.gateway.fitting import Fitting
 from services.gateway.images import ImageInfo, ImageStore
 from services.gateway.jobs.domain import Job, JobState, new_job_id
 from services.gateway.jobs.store import JobPage
@@ -19,7 +20,8 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog, ModelInfo, runnable
 from services.gateway.pipeline import Pipeline
 from services.gateway.validation import validate
-from shared.errors import FailedPrecondition, InvalidRequest
+from shared.errors import FailedPrecondition, InvalidRequest, Unavailable
+from shared.memory.modes import VramMode
 
 T = TypeVar("T")
 
@@ -35,6 +37,7 @@ class GatewayEngine:
         tracker: JobTracker,
         pipeline: Pipeline,
         catalog: ModelCatalog,
+        fitting: Fitting,
         artifacts: Artifacts,
         images: ImageStore,
         metrics: GatewayMetrics,
@@ -42,6 +45,7 @@ class GatewayEngine:
         self._tracker = tracker
         self._pipeline = pipeline
         self._catalog = catalog
+        self._fitting = fitting
         self._artifacts = artifacts
         self._images = images
         self._metrics = metrics
@@ -51,7 +55,7 @@ class GatewayEngine:
         """Validate and queue a job. The same request_id with the same parameters gives the same job.
 
         Raises:
-            InvalidRequest: with every violation.
+            InvalidRequest: with every violation; or, if there is none, because the clip does not fit the device.
             AlreadyExists: the request_id was used with other parameters.
             Unavailable: the models are not known yet.
         """
@@ -62,6 +66,7 @@ class GatewayEngine:
                 return await self._submitted(existing)
         image = await asyncio.to_thread(self._images.find, parameters.image_id)
         wanted = validate(request_id, parameters, await self._catalog.last_known(), image)
+        await self._fitting.require(wanted)
         job = Job(id=new_job_id(), parameters=wanted, create_time_s=time.time(), request_id=request_id)
         kept = await self._tracker.create(job, asked)
         if kept.id == job.id:
@@ -149,6 +154,14 @@ class GatewayEngine:
             Unavailable: the fusion service is away or loading.
         """
         return list(runnable(await self._catalog.current()).values())
+
+    async def vram_mode(self) -> VramMode:
+        """How the fusion service uses device memory at present, as far as it is known; AUTO otherwise."""
+        try:
+            models = await self._catalog.last_known()
+        except Unavailable:
+            return VramMode.AUTO
+        return next((model.vram_mode for model in models.values()), VramMode.AUTO)
 
     async def count_by_state(self) -> dict[JobState, int]:
         """Number of jobs in every state."""

@@ -17,8 +17,10 @@ from services.gateway.engine import GatewayEngine
 from services.gateway.jobs.domain import JobState
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.stages import StageClients
+from services.gateway.system import StackSystem
 from shared.errors import OviError
 from shared.logging import get_logger
+from shared.memory.watcher import DeviceWatcher
 
 log = get_logger(__name__)
 
@@ -39,6 +41,8 @@ def make_app(
     artifacts: Artifacts,
     metrics: GatewayMetrics,
     phase: GatewayPhase,
+    system: StackSystem,
+    watcher: DeviceWatcher,
 ) -> FastAPI:
     """The HTTP application."""
     app = FastAPI(title="ovi-serve", docs_url=None, redoc_url=None, openapi_url=None)
@@ -61,7 +65,8 @@ def make_app(
     @app.get("/metrics")
     async def show_metrics() -> Response:
         """For Prometheus."""
-        counts = await engine.count_by_state()
+        counts, mode = await asyncio.gather(engine.count_by_state(), engine.vram_mode())
+        metrics.devices.show(system.devices, system.answers, num_warnings=watcher.num_warnings, mode=mode)
         body = metrics.render({state.value: count for state, count in counts.items()})
         return Response(body, media_type=_METRICS_TYPE)
 

@@ -11,6 +11,7 @@ from services.gateway.jobs.domain import ClipParameters, Job, JobStage, JobState
 from services.gateway.models import ModelInfo
 from shared.errors import InvalidRequest
 from shared.generation_proto import sampling_options_to_proto, size_to_proto
+from shared.system_proto import vram_mode_to_proto
 
 _STATES = {
     JobState.QUEUED: pb.JOB_STATE_QUEUED,
@@ -78,6 +79,7 @@ def job_to_proto(job: Job) -> pb.Job:
                 fps=job.video.fps,
                 url_path=video_url_path(job.id),
                 steps_reused=job.video.steps_reused,
+                vram_mode=vram_mode_to_proto(job.video.vram_mode),
             )
         )
     return message
@@ -108,6 +110,7 @@ def _parameters(parameters: ClipParameters) -> pb.GenerationParameters:
         num_frames=parameters.num_frames,
         options=sampling_options_to_proto(parameters.options),
         image_id=parameters.image_id,
+        vram_mode=vram_mode_to_proto(parameters.vram_mode),
     )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from services.gateway.memory import StageDevices, device_key
+from shared.memory.devices import DeviceState
+from shared.memory.modes import VramMode
 
 _STAGE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000)
 _STEP_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
@@ -29,6 +33,11 @@ class GatewayMetrics:
         self._waits = Counter(
             "ovi_stage_waits", "Times a stage's worker was not available or full", ["stage"], registry=registry
         )
+        self._lowered = Counter(
+            "ovi_mode_lowered", "Times a denoise began again in a mode that takes less memory", registry=registry
+        )
+
+        self._devices = DeviceMetrics(registry)
 
     def job_created(self) -> None:
         """A job was accepted."""
@@ -46,6 +55,10 @@ class GatewayMetrics:
         """A solver step was finished."""
         self._steps.observe(seconds)
 
+    def mode_was_lowered(self) -> None:
+        """A denoise ran out of memory and began again in a lower mode."""
+        self._lowered.inc()
+
     def stage_waited(self, stage: str) -> None:
         """A worker could not take a call now."""
         self._waits.labels(stage).inc()
@@ -56,3 +69,64 @@ class GatewayMetrics:
             self._jobs.labels(state).set(count)
         self._queue.set(jobs_by_state.get("queued", 0))
         return generate_latest(self._registry)
+
+    @property
+    def devices(self) -> DeviceMetrics:
+        """Those of devices."""
+        return self._devices
+
+
+class DeviceMetrics:
+    """Memory and use of every device, set from the last look at each scrape."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        device = ["device", "model"]
+        self._memory = Gauge(
+            "ovi_device_memory_bytes",
+            "Memory of a device: total, free, used, of that by others",
+            [*device, "kind"],
+            registry=registry,
+        )
+        self._own = Gauge(
+            "ovi_device_reserved_bytes",
+            "Memory of a device that a stage has reserved",
+            [*device, "stage"],
+            registry=registry,
+        )
+        self._utilization = Gauge("ovi_device_utilization", "Busy part of a device, 0 to 1", device, registry=registry)
+        self._warnings = Counter("ovi_device_warnings", "Times a device was found nearly full", registry=registry)
+        self._mode = Gauge("ovi_vram_mode", "1 for the present use of device memory", ["mode"], registry=registry)
+        self._num_warnings = 0
+
+    def show(
+        self, devices: Mapping[str, DeviceState], answers: Sequence[StageDevices], *, num_warnings: int, mode: VramMode
+    ) -> None:
+        """
+        Args:
+            devices: of the whole stack, by key.
+            answers: the same, stage by stage.
+            num_warnings: so far.
+            mode: of the fusion service; AUTO: not known.
+        """
+        for gauge in (self._memory, self._own, self._utilization, self._mode):
+            gauge.clear()
+        for key, device in devices.items():
+            used = device.total_bytes - device.free_bytes
+            kinds = {
+                "total": device.total_bytes,
+                "free": device.free_bytes,
+                "used": used,
+                "others": device.others_bytes,
+            }
+            for kind, size in kinds.items():
+                self._memory.labels(key, device.model, kind).set(size)
+            if device.utilization is not None:
+                self._utilization.labels(key, device.model).set(device.utilization)
+        for answer in answers:
+            for device in answer.devices:
+                key = device_key(answer.host, device)
+                self._own.labels(key, device.model, answer.stage).set(device.own_bytes)
+        self._warnings.inc(num_warnings - self._num_warnings)
+        self._num_warnings = num_warnings
+        if mode is not VramMode.AUTO:
+            self._mode.labels(mode.value).set(1)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from shared.errors import InvalidRequest, Unavailable
+from shared.memory.modes import VramMode
 from shared.variants import PromptFormat
 
 _FRESH_S = 5.0
@@ -32,6 +33,8 @@ class ModelInfo:
     """Of the weight file."""
     problem: str = ""
     """Why it cannot be run, in the fusion service's words; the fields above but the id are then empty."""
+    vram_mode: VramMode = VramMode.AUTO
+    """How the fusion service uses device memory at present; AUTO where it does not say."""
 
 
 def runnable(models: Mapping[str, ModelInfo]) -> dict[str, ModelInfo]:

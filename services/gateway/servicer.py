@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import grpc
 
+from ovi.common.v1 import system_pb2
 from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from services.gateway.artifacts import is_job_id
 from services.gateway.engine import GatewayEngine
 from services.gateway.messages import job_to_proto, model_to_proto, states_from_proto
+from services.gateway.system import StackSystem
 from shared.errors import InvalidRequest
 from shared.generation_proto import size_to_proto
+from shared.memory.watcher import DeviceWatcher
 from shared.pictures import MAX_PICTURE_BYTES
+from shared.system_proto import vram_mode_from_proto
+from shared.system_service import DevicesServicer
 from shared.tensors.framing import CHUNK_BYTES
 
 
@@ -84,6 +90,28 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[model_to_proto(model) for model in await self._engine.models()])
+
+
+class StackSystemServicer(DevicesServicer):
+    """Devices and memory of the whole stack."""
+
+    def __init__(self, watcher: DeviceWatcher, system: StackSystem) -> None:
+        super().__init__(watcher)
+        self._system = system
+
+    async def GetPlan(
+        self, request: system_pb2.GetPlanRequest, context: grpc.aio.ServicerContext
+    ) -> system_pb2.GetPlanResponse:
+        vram_mode_from_proto(request.vram_mode, field="vram_mode")
+        return system_pb2.GetPlanResponse(plan=await self._system.plan(request))
+
+    async def SetMode(
+        self, request: system_pb2.SetModeRequest, context: grpc.aio.ServicerContext
+    ) -> system_pb2.SetModeResponse:
+        vram_mode_from_proto(request.vram_mode, field="vram_mode")
+        begun_s = time.monotonic()
+        plan = await self._system.set_mode(request)
+        return system_pb2.SetModeResponse(plan=plan, seconds=time.monotonic() - begun_s)
 
 
 def _checked_id(job_id: str) -> str:

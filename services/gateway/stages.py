@@ -13,7 +13,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from ovi.common.v1 import tensor_pb2
+from ovi.common.v1 import system_pb2, system_pb2_grpc, tensor_pb2
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
@@ -22,6 +22,8 @@ from services.gateway.models import ModelInfo
 from shared.errors import DeadlineExceeded, Unavailable
 from shared.generation_proto import prompt_format_from_proto, prompt_format_to_proto
 from shared.grpc_client import REQUEST_ID_KEY, error_of
+from shared.memory.devices import DeviceState
+from shared.system_proto import device_from_proto, vram_mode_from_proto
 from shared.tensors.framing import CHUNK_BYTES
 from shared.variants import PromptFormat
 
@@ -30,6 +32,7 @@ T = TypeVar("T")
 _CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
 _DESCRIBE_TIMEOUT_S = 2.0
 _HEALTH_TIMEOUT_S = 2.0
+_SYSTEM_TIMEOUT_S = 2.0
 _CUT_CODES = frozenset({"UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN"})
 
 
@@ -47,6 +50,10 @@ def _calls(stage: str, address: str) -> Iterator[None]:
         if error.code().name in _CUT_CODES and rpc_status.from_call(error) is None:
             raise WorkerCut(f"the {stage} service at {address} cannot be reached ({error.details()})") from None
         known = error_of(error)
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise Unavailable(
+                f"the {stage} service at {address} does not know this call; is it of an older version?"
+            ) from None
         if isinstance(known, Unavailable):
             raise Unavailable(f"the {stage} service at {address} is not ready ({known.message})") from None
         raise known from None
@@ -66,6 +73,57 @@ async def _events(call: Any, stage: str, address: str) -> AsyncGenerator[Any, No
         call.cancel()
 
 
+class SystemClient:
+    """Devices and memory of one stage."""
+
+    def __init__(self, name: str, address: str, channel: grpc.aio.Channel) -> None:
+        self.name = name
+        self.address = address
+        self._stub = system_pb2_grpc.SystemServiceStub(channel)
+
+    async def devices(self) -> tuple[DeviceState, ...]:
+        """Its devices now.
+
+        Raises:
+            OviError: by the table.
+        """
+        with self._promptly():
+            response = await self._stub.GetDevices(system_pb2.GetDevicesRequest(), timeout=_SYSTEM_TIMEOUT_S)
+        return tuple(map(device_from_proto, response.devices))
+
+    async def plan(self, request: system_pb2.GetPlanRequest, *, wait_for_ready: bool = False) -> system_pb2.MemoryPlan:
+        """What something would take on it.
+
+        Args:
+            request: what.
+            wait_for_ready: give a service that has just been restarted a moment.
+
+        Raises:
+            OviError: by the table.
+        """
+        with self._promptly():
+            answer = await self._stub.GetPlan(request, timeout=_SYSTEM_TIMEOUT_S, wait_for_ready=wait_for_ready)
+        return answer.plan
+
+    async def set_mode(self, request: system_pb2.SetModeRequest) -> system_pb2.MemoryPlan:
+        """Switch it; may take as long as loading a model.
+
+        Raises:
+            OviError: by the table.
+        """
+        with _calls(self.name, self.address):
+            return (await self._stub.SetMode(request)).plan
+
+    @contextmanager
+    def _promptly(self) -> Iterator[None]:
+        try:
+            with _calls(self.name, self.address):
+                yield
+        except DeadlineExceeded:
+            what = f"the {self.name} service at {self.address} did not answer within {_SYSTEM_TIMEOUT_S:g} s"
+            raise Unavailable(what) from None
+
+
 class TextEncoderClient:
     """The text encoder stage."""
 
@@ -75,6 +133,7 @@ class TextEncoderClient:
         self.address = address
         self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = text_encoder_pb2_grpc.TextEncoderServiceStub(self.channel)
+        self.system = SystemClient(self.name, address, self.channel)
 
     async def encode(
         self, prompt: str, negatives: Sequence[str], prompt_format: PromptFormat, *, job_id: str
@@ -103,6 +162,7 @@ class FusionClient:
         self.address = address
         self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = fusion_pb2_grpc.FusionServiceStub(self.channel)
+        self.system = SystemClient(self.name, address, self.channel)
 
     def denoise(
         self, request: fusion_pb2.DenoiseRequest, *, job_id: str
@@ -129,6 +189,7 @@ class FusionClient:
         except DeadlineExceeded:
             what = f"the {self.name} service at {self.address} did not answer within {_DESCRIBE_TIMEOUT_S:g} s"
             raise Unavailable(f"{what}; is it running?") from None
+        mode = vram_mode_from_proto(response.memory.vram_mode, field="memory.vram_mode")
         return tuple(
             ModelInfo(
                 id=variant.id,
@@ -142,6 +203,7 @@ class FusionClient:
                 device=response.device,
                 fingerprint=variant.fingerprint,
                 problem=variant.problem,
+                vram_mode=mode,
             )
             for variant in response.variants
         )
@@ -156,6 +218,7 @@ class VaeClient:
         self.address = address
         self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = vae_pb2_grpc.VaeServiceStub(self.channel)
+        self.system = SystemClient(self.name, address, self.channel)
 
     async def encode_image(self, picture: bytes, height: int, width: int, *, job_id: str) -> tensor_pb2.TensorRef:
         """The latent of a first picture, scaled and cropped to height x width.
@@ -201,16 +264,18 @@ class StageClients:
 
     async def health(self) -> dict[str, str]:
         """What each stage's health service says: SERVING, NOT_SERVING or UNREACHABLE."""
-        clients: list[TextEncoderClient | FusionClient | VaeClient] = [self.text_encoder, self.fusion, self.vae]
-        answers = await asyncio.gather(*(_health(client.channel) for client in clients))
-        return {client.name: answer for client, answer in zip(clients, answers, strict=True)}
+        names = [client.name for client in self._all]
+        answers = await asyncio.gather(*(_health(client.channel) for client in self._all))
+        return dict(zip(names, answers, strict=True))
 
     async def close(self) -> None:
         """Close the connections."""
-        closing: list[Awaitable[None]] = [
-            client.channel.close() for client in (self.text_encoder, self.fusion, self.vae)
-        ]
+        closing: list[Awaitable[None]] = [client.channel.close() for client in self._all]
         await asyncio.gather(*closing)
+
+    @property
+    def _all(self) -> tuple[TextEncoderClient, FusionClient, VaeClient]:
+        return (self.text_encoder, self.fusion, self.vae)
 
 
 async def _health(channel: grpc.aio.Channel) -> str:

@@ -16,8 +16,10 @@ from services.gateway.jobs.domain import ClipParameters
 from services.gateway.models import ModelInfo, runnable
 from shared.errors import FieldViolation, InvalidRequest
 from shared.generation_proto import sampling_options_from_proto
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions, check_sampling_options
 from shared.shapes import SIZE_MULTIPLE, legal_size, snap_size
+from shared.system_proto import vram_mode_from_proto
 
 MAX_PROMPT_CHARACTERS = 5000
 DEFAULT_VIDEO_NEGATIVE = "jitter, bad hands, blur, distortion"
@@ -60,6 +62,7 @@ def validate(
         check.wrong("parameters.image_id", what)
     height, width = check.size(parameters, model, image)
     num_frames = check.num_frames(parameters, model)
+    vram_mode = check.vram_mode(parameters)
     if check.violations or model is None:
         raise InvalidRequest(check.violations)
     return ClipParameters(
@@ -72,6 +75,7 @@ def validate(
         num_frames=num_frames,
         options=options,
         image_id=parameters.image_id,
+        vram_mode=vram_mode,
     )
 
 
@@ -154,6 +158,13 @@ class _Check:
             what = f"got {parameters.num_frames}, allowed for {model.id} is {model.num_frames} (or nothing)"
             self.wrong("parameters.num_frames", what)
         return model.num_frames
+
+    def vram_mode(self, parameters: pb.GenerationParameters) -> VramMode:
+        try:
+            return vram_mode_from_proto(parameters.vram_mode, field="parameters.vram_mode")
+        except InvalidRequest as error:
+            self.violations.extend(error.violations)
+            return VramMode.AUTO
 
 
 def _size_message(height: int, width: int, model: ModelInfo, nearest: tuple[int, int]) -> str:

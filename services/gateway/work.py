@@ -28,7 +28,9 @@ from services.gateway.stages import StageClients, WorkerCut
 from shared.errors import CorruptTensor, OviError, ResourceExhausted, Unavailable
 from shared.generation_proto import sampling_options_to_proto
 from shared.logging import get_logger
+from shared.memory.modes import VramMode
 from shared.shapes import FPS
+from shared.system_proto import vram_mode_from_proto, vram_mode_to_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
 
@@ -43,7 +45,8 @@ TensorRefJson = dict[str, Any]
 _MAX_LATENT_BYTES = 256 << 20
 """Far above the largest legal latents: 48 x 61 x 60 x 60 float32 are 42 MB."""
 _STEPS_REUSED = "steps_reused"
-"""Key in the metadata of kept latents and in a clip's provenance."""
+_VRAM_MODE = "vram_mode"
+"""Keys in the metadata of kept latents and in a clip's provenance."""
 _MAX_CUTS = 3
 """How often a worker may die under one stage of a job before the job is blamed."""
 
@@ -123,7 +126,8 @@ class JobWork:
             outcome = [result.video_latent, result.audio_latent]
             video, audio = await asyncio.gather(*(self._fetch(ref) for ref in outcome))
             latents = Latents(video, audio)
-            metadata |= {_STEPS_REUSED: str(steps_reused)}
+            mode = vram_mode_from_proto(result.vram_mode, field="result.vram_mode")
+            metadata |= {_STEPS_REUSED: str(steps_reused), _VRAM_MODE: mode.value}
             await _write(self.artifacts.write_latents, job_id, latents, metadata)
             await self._release([*refs, *outcome])
 
@@ -140,9 +144,10 @@ class JobWork:
                 job_id,
                 JobStage.DECODE,
                 self.clients.vae.name,
-                lambda patience: self._decode_once(job_id, latents, provenance, patience),
+                lambda patience: self._decode_once(job, latents, provenance, patience),
             )
-            return replace(video, steps_reused=int(provenance[_STEPS_REUSED]))
+            mode = VramMode(provenance[_VRAM_MODE])
+            return replace(video, steps_reused=int(provenance[_STEPS_REUSED]), vram_mode=mode)
 
     async def _patiently(
         self, job_id: str, stage: JobStage, worker: str, attempt: Callable[[Patience], Awaitable[T]]
@@ -161,9 +166,13 @@ class JobWork:
                     if cuts > _MAX_CUTS:
                         what = f"the {worker} service stopped {cuts} times during this job"
                         raise Unavailable(f"{what}: {error.message}") from None
-                    await self.tracker.begin(job_id)
-                    await self.tracker.enter(job_id, stage, total=job.progress.total)
+                    await self._begin_again(job_id, stage, job.progress.total)
                 await patience.pause(error)
+
+    async def _begin_again(self, job_id: str, stage: JobStage, total: int) -> None:
+        """A new attempt: only then may progress go back."""
+        await self.tracker.begin(job_id)
+        await self.tracker.enter(job_id, stage, total=total)
 
     async def _denoise_once(
         self, request: fusion_pb2.DenoiseRequest, job_id: str, patience: Patience
@@ -173,20 +182,32 @@ class JobWork:
         async with contextlib.aclosing(self.clients.fusion.denoise(request, job_id=job_id)) as events:
             async for event in events:
                 patience.alive()
-                if event.WhichOneof("event") == "result":
+                kind = event.WhichOneof("event")
+                if kind == "result":
                     return event.result, steps_reused
+                if kind == "mode_lowered":
+                    lowered = event.mode_lowered
+                    mode = vram_mode_from_proto(lowered.vram_mode, field="mode_lowered.vram_mode")
+                    log.warning("memory ran out; the denoise begins again", vram_mode=mode.value, reason=lowered.reason)
+                    self.metrics.mode_was_lowered()
+                    await self._begin_again(job_id, JobStage.DENOISE, request.options.num_inference_steps)
+                    steps_reused = 0
+                    continue
                 steps_reused += event.step.reused
                 self.metrics.step_finished(event.step.seconds)
                 await self.tracker.advance(job_id, event.step.index, event.step.total)
         raise CorruptTensor("the fusion service ended the stream without a result")
 
     async def _decode_once(
-        self, job_id: str, latents: Latents, provenance: dict[str, str], patience: Patience
+        self, job: Job, latents: Latents, provenance: dict[str, str], patience: Patience
     ) -> VideoInfo:
+        job_id, mode = job.id, vram_mode_to_proto(job.parameters.vram_mode)
         leases = [self.tensors.store.put(tensor) for tensor in (latents.video_CFHW, latents.audio_SC)]
         try:
             video, audio = (self.tensors.publish(lease) for lease in leases)
-            request = vae_pb2.DecodeClipRequest(video_latent=video, audio_latent=audio, provenance=provenance)
+            request = vae_pb2.DecodeClipRequest(
+                video_latent=video, audio_latent=audio, provenance=provenance, vram_mode=mode
+            )
             with self.artifacts.video_writer(job_id) as writer:
                 async with contextlib.aclosing(self.clients.vae.decode_clip(request, job_id=job_id)) as events:
                     async for event in events:
@@ -232,6 +253,8 @@ class JobWork:
             "precision": kept.get("precision", ""),
             # Latents kept by a version without a step cache do not say it.
             _STEPS_REUSED: kept.get(_STEPS_REUSED, "0"),
+            # Nor those of a version without modes.
+            _VRAM_MODE: kept.get(_VRAM_MODE, VramMode.AUTO.value),
             "settings": json.dumps(settings, sort_keys=True),
             "software_version": version("ovi-serve"),
         }
@@ -282,4 +305,5 @@ def _denoise_request(job: Job, refs: Sequence[tensor_pb2.TensorRef]) -> fusion_p
         video_negative=refs[1],
         audio_negative=refs[2],
         first_frame_latent=refs[3] if len(refs) > 3 else None,
+        vram_mode=vram_mode_to_proto(wanted.vram_mode),
     )

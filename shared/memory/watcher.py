@@ -146,7 +146,7 @@ class DeviceWatcher:
         warnings = {**sight.missing, **self._rises(sight.devices)}
         for name, why in sight.missing.items():
             if name not in self._missing:
-                log.warning("devices cannot be looked at", where=name, reason=why)
+                log.info("devices cannot be looked at", where=name, reason=why)
         self._missing = set(sight.missing)
         look = self._latest = Look(time.time(), sight.devices, warnings)
         for subscriber in self._subscribers:

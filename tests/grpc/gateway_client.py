@@ -10,7 +10,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from ovi.common.v1 import generation_pb2
+from ovi.common.v1 import generation_pb2, system_pb2_grpc
 from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from tests.service_process import ServiceProcess, running_service
@@ -28,6 +28,7 @@ class GatewayUnderTest:
         self.channel = service.channel()
         self.jobs = pb_grpc.JobServiceStub(self.channel)
         self.models = pb_grpc.ModelServiceStub(self.channel)
+        self.system = system_pb2_grpc.SystemServiceStub(self.channel)
 
     @property
     def http_url(self) -> str:

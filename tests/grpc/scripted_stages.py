@@ -19,7 +19,7 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from ovi.common.v1 import generation_pb2, tensor_pb2
+from ovi.common.v1 import generation_pb2, system_pb2, system_pb2_grpc, tensor_pb2
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
@@ -72,6 +72,55 @@ class _Producer:
             self.store.release(tensor_id)
 
 
+class ScriptedSystem(system_pb2_grpc.SystemServiceServicer):
+    """Devices and memory of a stage as a test puts them; at first everything fits."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """As it was at first."""
+        self.devices = [system_pb2.Device(name="cuda:0", model="script", uuid="GPU-0", backend="cuda", total_bytes=80)]
+        self.available_bytes = 50
+        self.total_bytes = dict.fromkeys(system_pb2.VramMode.values(), 10)
+        """What a clip takes, by mode."""
+        self.mode: system_pb2.VramMode.ValueType = system_pb2.VRAM_MODE_STANDARD
+        """The present one, and the choice where none is named."""
+        self.plans: list[system_pb2.GetPlanRequest] = []
+        self.switches: list[system_pb2.SetModeRequest] = []
+        self.refusal: OviError | None = None
+        """With which switches are refused."""
+
+    def GetDevices(self, request, context):
+        return system_pb2.GetDevicesResponse(devices=self.devices)
+
+    def GetPlan(self, request, context):
+        self.plans.append(request)
+        return system_pb2.GetPlanResponse(plan=self._plan(request.vram_mode or self.mode))
+
+    def SetMode(self, request, context):
+        with _told(context):
+            self.switches.append(request)
+            if self.refusal is not None:
+                raise self.refusal
+            self.mode = request.vram_mode
+            return system_pb2.SetModeResponse(plan=self._plan(self.mode))
+
+    def _plan(self, mode: system_pb2.VramMode.ValueType) -> system_pb2.MemoryPlan:
+        total = self.total_bytes[mode]
+        name = system_pb2.VramMode.Name(mode)
+        return system_pb2.MemoryPlan(
+            vram_mode=mode,
+            allocation="single",
+            component_bytes={"weights": total - 1, "CUDA context": 1},
+            total_bytes=total,
+            available_bytes=self.available_bytes,
+            fits=total <= self.available_bytes,
+            explanation=f"{name} takes {total} of {self.available_bytes}",
+            device=self.devices[0].uuid,
+        )
+
+
 class _Stage:
     """A server that can be stopped as a killed process is, and started again at the same address."""
 
@@ -80,6 +129,7 @@ class _Stage:
     def __init__(self) -> None:
         self.producer = _Producer()
         self.resolver = TensorResolver.over_grpc()
+        self.system = ScriptedSystem()
         self._server: grpc.Server | None = None
         self.port = 0
         self.start()
@@ -94,6 +144,7 @@ class _Stage:
     def start(self) -> None:
         self._server = grpc.server(ThreadPoolExecutor(16))
         self.add_to(self._server)
+        system_pb2_grpc.add_SystemServiceServicer_to_server(self.system, self._server)
         servicer = health.HealthServicer()
         servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
@@ -158,7 +209,7 @@ class DenoiseCall:
     inputs: dict[str, torch.Tensor]
     ended: threading.Event = field(default_factory=threading.Event)
     """Set when the call is over, however it ended."""
-    commands: queue.Queue[str | OviError] = field(default_factory=queue.Queue)
+    commands: queue.Queue[str | OviError | fusion_pb2.ModeLowered] = field(default_factory=queue.Queue)
 
     def step(self) -> None:
         """Finish the next step."""
@@ -167,6 +218,10 @@ class DenoiseCall:
     def finish(self) -> None:
         """Finish all steps that are left and give the result."""
         self.commands.put("finish")
+
+    def lower(self, mode: system_pb2.VramMode.ValueType, reason: str) -> None:
+        """Begin again in another mode."""
+        self.commands.put(fusion_pb2.ModeLowered(vram_mode=mode, reason=reason))
 
     def fail(self, error: OviError) -> None:
         """End the call with an error."""
@@ -212,12 +267,17 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
     def _events(self, call: DenoiseCall) -> Iterator[fusion_pb2.DenoiseResponse]:
         total = call.request.options.num_inference_steps
         index, finishing = 0, False
+        mode = call.request.vram_mode or self.system.mode
         while index < total:
             command = "step" if finishing else call.commands.get(timeout=WAIT_S)
             if command == "over":
                 return
             if isinstance(command, OviError):
                 raise command
+            if isinstance(command, fusion_pb2.ModeLowered):
+                index, mode = 0, command.vram_mode
+                yield fusion_pb2.DenoiseResponse(mode_lowered=command)
+                continue
             if command == "finish":
                 finishing = True
                 continue
@@ -232,7 +292,8 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
                 )
             )
         video, audio = (self.producer.publish(tensor) for tensor in latents_of(call.request.options.seed))
-        yield fusion_pb2.DenoiseResponse(result=fusion_pb2.Result(video_latent=video, audio_latent=audio))
+        result = fusion_pb2.Result(video_latent=video, audio_latent=audio, vram_mode=mode)
+        yield fusion_pb2.DenoiseResponse(result=result)
 
     def DescribeModel(self, request, context):
         variant = fusion_pb2.Variant(
@@ -250,7 +311,12 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
             fingerprint="0123456789abcdef",
         )
         broken = fusion_pb2.Variant(id="960x960_5s", problem="model_960x960.safetensors is truncated")
-        return fusion_pb2.DescribeModelResponse(variants=[variant, broken], device="script", kernels="none")
+        return fusion_pb2.DescribeModelResponse(
+            variants=[variant, broken],
+            device="script",
+            kernels="none",
+            memory=system_pb2.MemoryPlan(vram_mode=self.system.mode),
+        )
 
 
 _INPUTS = ("prompt", "video_negative", "audio_negative", "first_frame_latent")

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
+from ovi.common.v1 import system_pb2
 from ovi.gateway.v1 import gateway_pb2
 from services.gateway.artifacts import is_job_id
 from services.gateway.database import open_database
@@ -34,6 +35,7 @@ from services.gateway.messages import job_to_proto
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.validation import MAX_PROMPT_CHARACTERS
 from shared.errors import AlreadyExists, DiskFull, FailedPrecondition, InvalidRequest, NotFound, Unavailable
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions, Solver
 
 PARAMETERS = ClipParameters(
@@ -69,16 +71,28 @@ def test_job_survives_the_table(store):
     assert ended.progress.fraction == 1.0
 
 
-def test_a_job_written_without_a_step_cache_still_loads(store):
+def test_a_job_written_without_a_step_cache_or_modes_still_loads(store):
     job = make(store)
     ended = store.finish(job.id, Ending.completed(VIDEO), 1.0)
     with store._engine.begin() as connection:
         (row,) = connection.execute(sa.select(jobs).where(jobs.c.id == job.id)).mappings()
         options = {key: value for key, value in row["parameters"]["options"].items() if key != "step_cache_threshold"}
-        video = {key: value for key, value in row["video"].items() if key != "steps_reused"}
+        video = {key: value for key, value in row["video"].items() if key not in ("steps_reused", "vram_mode")}
         change = sa.update(jobs).where(jobs.c.id == job.id)
-        connection.execute(change.values(parameters={**row["parameters"], "options": options}, video=video))
+        parameters = {key: value for key, value in row["parameters"].items() if key != "vram_mode"}
+        connection.execute(change.values(parameters={**parameters, "options": options}, video=video))
     assert store.get(job.id) == ended
+
+
+def test_modes_survive_the_table_and_the_wire(store):
+    wanted = replace(PARAMETERS, vram_mode=VramMode.FP8_OFFLOAD)
+    job = store.create(Job(new_job_id(), wanted, create_time_s=100.5), "h")
+    ended = store.finish(job.id, Ending.completed(replace(VIDEO, vram_mode=VramMode.ULTRA_LOW)), 110.5)
+    assert ended == store.get(job.id) and ended.parameters == wanted
+    assert VideoInfo.from_json(json.loads(json.dumps(ended.video.to_json()))) == ended.video
+    message = job_to_proto(ended)
+    assert message.parameters.vram_mode == system_pb2.VRAM_MODE_FP8_OFFLOAD
+    assert message.video.vram_mode == system_pb2.VRAM_MODE_ULTRA_LOW
 
 
 def test_ids_are_fresh_sorted_by_time_and_fit_their_pattern():

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from ovi.common.v1 import generation_pb2
+from ovi.common.v1 import generation_pb2, system_pb2
 from ovi.gateway.v1 import gateway_pb2 as pb
 from services.gateway.images import ImageInfo
 from services.gateway.models import ModelInfo
 from services.gateway.validation import DEFAULT_AUDIO_NEGATIVE, DEFAULT_VIDEO_NEGATIVE, validate
 from shared.errors import InvalidRequest
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions, Solver
 from shared.shapes import common_sizes
 from shared.variants import PromptFormat
@@ -45,7 +46,20 @@ def test_defaults_are_filled_in():
     assert wanted.options == SamplingOptions()
     assert wanted.video_negative_prompt == DEFAULT_VIDEO_NEGATIVE
     assert wanted.audio_negative_prompt == DEFAULT_AUDIO_NEGATIVE
-    assert wanted.image_id == ""
+    assert wanted.image_id == "" and wanted.vram_mode is VramMode.AUTO
+
+
+@pytest.mark.parametrize("mode", [mode for mode in VramMode if mode is not VramMode.AUTO])
+def test_every_mode_can_be_asked_for_by_its_name(mode):
+    number = system_pb2.VramMode.Value(f"VRAM_MODE_{mode.name}")
+    assert check(request(vram_mode=number)).vram_mode is mode
+
+
+def test_a_mode_without_a_name_is_refused():
+    with pytest.raises(InvalidRequest) as caught:
+        check(request(vram_mode=7))
+    (violation,) = caught.value.violations
+    assert violation.field == "parameters.vram_mode" and "got 7" in violation.description
 
 
 def test_a_damaged_model_is_named_with_its_file_and_never_the_default():

@@ -6,8 +6,10 @@ import enum
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -93,6 +95,17 @@ class VideoInfo:
     fps: int
     steps_reused: int = 0
     """Solver steps that the step cache took from earlier ones."""
+    vram_mode: VramMode = VramMode.AUTO
+    """In which it was denoised; AUTO: not known, the clip is an older version's."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"vram_mode": self.vram_mode.value}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> VideoInfo:
+        """From what `to_json` gave, of this version or an older one."""
+        return cls(**{**values, "vram_mode": VramMode(values.get("vram_mode", VramMode.AUTO.value))})
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,8 @@ class ClipParameters:
     options: SamplingOptions
     image_id: str = ""
     """SHA-256 of an uploaded first picture in hex digits; empty for text to video."""
+    vram_mode: VramMode = VramMode.AUTO
+    """How device memory is to be used; AUTO: as the services do at present."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from services.gateway.jobs.domain import (
     Progress,
     VideoInfo,
 )
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions, Solver
 
 metadata = sa.MetaData()
@@ -75,7 +76,7 @@ def job_of(row: sa.RowMapping) -> Job:
         state=JobState(row["state"]),
         progress=Progress(JobStage(row["stage"]), row["done"], row["total"]),
         failure=JobFailure(row["error_code"], row["error_message"]) if failed else None,
-        video=VideoInfo(**row["video"]) if row["video"] is not None else None,
+        video=VideoInfo.from_json(row["video"]) if row["video"] is not None else None,
         start_time_s=row["start_time_s"],
         end_time_s=row["end_time_s"],
         attempts=row["attempts"],
@@ -89,7 +90,8 @@ def parameters_to_json(parameters: ClipParameters) -> dict[str, Any]:
 
 
 def parameters_from_json(values: Mapping[str, Any]) -> ClipParameters:
-    """From what `parameters_to_json` gave."""
+    """From what `parameters_to_json` gave, of this version or an older one."""
     options = dict(values["options"])
     options["solver"] = Solver(options["solver"])
-    return ClipParameters(**{**values, "options": SamplingOptions(**options)})
+    mode = VramMode(values.get("vram_mode", VramMode.AUTO.value))
+    return ClipParameters(**{**values, "options": SamplingOptions(**options), "vram_mode": mode})

@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -155,7 +155,7 @@ class JobStore:
         if ending.failure is not None:
             values |= {"error_code": ending.failure.code, "error_message": ending.failure.message}
         if ending.video is not None:
-            values["video"] = asdict(ending.video)
+            values["video"] = ending.video.to_json()
         return self._change(job_id, **values)
 
     def delete(self, job_id: str) -> None:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
@@ -245,10 +244,10 @@ class Pipeline:
         else:
             raise ReferenceLost(f"inputs of the denoise were lost {_MAX_REMAKES} times, the last time: {lost}")
         video = await self._step("decode", self._decode, job.id)
-        return VideoInfo(**video)
+        return VideoInfo.from_json(video)
 
     async def _decode(self, job_id: str) -> dict[str, Any]:
-        return asdict(await self._work.decode(job_id))
+        return (await self._work.decode(job_id)).to_json()
 
     async def _step(self, name: str, stage: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """A stage as a step: its result or error is remembered, and a cancel stops it."""

@@ -1,0 +1,97 @@
+"""Devices and memory of the whole stack: asked of the stages, and switched on all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from ovi.common.v1 import system_pb2 as pb
+from services.gateway.memory import StageDevices, combined_plan, host_of, merged_devices, named_key
+from services.gateway.stages import StageClients, SystemClient
+from shared.errors import FailedPrecondition, OutOfMemory, OviError
+from shared.logging import get_logger
+from shared.memory.devices import DeviceState
+from shared.memory.watcher import Sight
+
+log = get_logger(__name__)
+
+
+class StackSystem:
+    """All stages as one system."""
+
+    def __init__(self, clients: StageClients) -> None:
+        # In the order in which they are switched: what can fail for want of memory comes first.
+        self._stages: Sequence[SystemClient] = (clients.fusion.system, clients.vae.system, clients.text_encoder.system)
+        self._switching = asyncio.Lock()
+        self.answers: tuple[StageDevices, ...] = ()
+        """Of the last look, stage by stage."""
+        self.devices: dict[str, DeviceState] = {}
+        """Of the last look, by key."""
+
+    async def look(self) -> Sight:
+        """The devices of the stages that answer; the others are missing, with the reason."""
+        found = await asyncio.gather(*(client.devices() for client in self._stages), return_exceptions=True)
+        answers, missing = [], {}
+        for client, devices in zip(self._stages, found, strict=True):
+            if isinstance(devices, OviError):
+                missing[client.name] = f"devices of the {client.name} service are left out: {devices.message}"
+            elif isinstance(devices, BaseException):
+                raise devices
+            else:
+                answers.append(StageDevices(client.name, host_of(client.address), devices))
+        self.answers = tuple(answers)
+        self.devices = merged_devices(answers)
+        return Sight(tuple(self.devices.values()), missing)
+
+    async def plan(self, request: pb.GetPlanRequest) -> pb.MemoryPlan:
+        """What a clip would take of the stack. An unspecified mode is the one that the fusion service chooses.
+
+        Raises:
+            InvalidRequest: a stage does not have the mode, model or size.
+            Unavailable: a stage is away.
+        """
+        fusion, *others = self._stages
+        wish = pb.GetPlanRequest()
+        wish.CopyFrom(request)
+        chosen = await fusion.plan(wish, wait_for_ready=True)
+        wish.vram_mode = chosen.vram_mode
+        plans = await asyncio.gather(*(client.plan(wish, wait_for_ready=True) for client in others))
+        return self._combined([chosen, *plans])
+
+    async def set_mode(self, request: pb.SetModeRequest) -> pb.MemoryPlan:
+        """Switch every stage. Nothing is switched if the plan of one of them does not fit.
+
+        Raises:
+            OutOfMemory: it does not fit; with the numbers.
+            InvalidRequest: a stage does not have the mode or model.
+            Unavailable: a stage is away.
+            FailedPrecondition: a stage refused when others had been switched already; names them.
+        """
+        async with self._switching:
+            plan = await self.plan(pb.GetPlanRequest(vram_mode=request.vram_mode, model=request.model))
+            if not plan.fits:
+                raise OutOfMemory(f"nothing was switched: {plan.explanation}")
+            # Only the fusion service has variants.
+            fusion = pb.SetModeRequest(vram_mode=plan.vram_mode, model=request.model)
+            other = pb.SetModeRequest(vram_mode=plan.vram_mode)
+            plans: list[pb.MemoryPlan] = []
+            for client in self._stages:
+                try:
+                    plans.append(await client.set_mode(other if plans else fusion))
+                except OviError as error:
+                    if not plans:
+                        raise
+                    done = ", ".join(switched.name for switched in self._stages[: len(plans)])
+                    what = f"the {client.name} service was not switched ({error.message}), but {done} was"
+                    raise FailedPrecondition(f"{what}; ask again, or for another mode") from None
+            mode = pb.VramMode.Name(plan.vram_mode)
+            log.info("mode switched", vram_mode=mode, model=request.model)
+            return self._combined(plans)
+
+    def _combined(self, plans: Sequence[pb.MemoryPlan]) -> pb.MemoryPlan:
+        by_stage = {}
+        for client, plan in zip(self._stages, plans, strict=True):
+            if plan.device not in self.devices:
+                plan.device = named_key(host_of(client.address), plan.device)
+            by_stage[client.name] = plan
+        return combined_plan(by_stage, {key: device.total_bytes for key, device in self.devices.items()})
