@@ -10,7 +10,6 @@ import torch
 
 from services.fusion.checkpoint import FusionFile
 from services.fusion.memory.loading import load_streamed
-from services.fusion.memory.streaming import UnitStream
 from services.fusion.model.fusion import FusionModel
 from services.fusion.packing import pack_projections
 from services.fusion.parallel.fsdp import load_sharded
@@ -18,6 +17,7 @@ from services.fusion.parallel.groups import Groups
 from services.fusion.quantization import quantize
 from shared.logging import get_logger
 from shared.memory.estimate import FusionLayout
+from shared.memory.streaming import UnitStream
 
 log = get_logger(__name__)
 

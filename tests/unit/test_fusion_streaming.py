@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from services.fusion.attention import sdpa
 from services.fusion.checkpoint import CONFIG_KEY, FusionFile
 from services.fusion.memory.loading import load_streamed
-from services.fusion.memory.streaming import AHEAD, NUM_SLOTS, HostUnit, UnitStream
 from services.fusion.model.operations import Ops
 from services.fusion.packing import pack_projections
 from services.fusion.quantization import quantize
@@ -21,6 +20,7 @@ from services.fusion.sampling.denoise import Conditions, Latents, bind_forward, 
 from shared.memory.estimate import FusionLayout
 from shared.memory.host import HostBuffer
 from shared.memory.modes import WeightFormat
+from shared.memory.streaming import AHEAD, NUM_SLOTS, HostUnit, UnitStream
 from shared.sampling_options import SamplingOptions
 from tests.fusion_checkpoint import SMALL, random_weights
 

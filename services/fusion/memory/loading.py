@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from services.fusion.checkpoint import FusionFile
-from services.fusion.memory.streaming import HostUnit, UnitStream, entries_of
+from services.fusion.memory.streaming import entries_of
 from services.fusion.model.block import FusedBlock
 from services.fusion.model.fusion import FusionModel
 from services.fusion.packing import pack_block
@@ -17,6 +17,7 @@ from services.fusion.units import Modules, Units, announce
 from shared.checkpoints import assign_weights
 from shared.memory.estimate import FusionLayout
 from shared.memory.host import HostBuffer
+from shared.memory.streaming import HostUnit, UnitStream
 
 
 def load_streamed(
