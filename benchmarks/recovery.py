@@ -28,7 +28,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.common import describe_run, result_path, save_result
 from benchmarks.stack import Run, create, watch
-from cli.stack.gpus import choose_gpus
+from cli.stack.gpus import gpus_for
+from cli.stack.memory import DeviceFlags, choose_devices
 from cli.stack.plan import ServiceSpec, StackOptions, plan_stack
 from cli.stack.stack import STACK_FILE, Stack, locked_data_dir, read_stack_file
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
@@ -268,9 +269,10 @@ def _parser() -> argparse.ArgumentParser:
 async def main() -> None:
     """Measure and print."""
     args = _parser().parse_args()
-    gpus = choose_gpus(args.gpus, args.device)
     folders = (args.data_dir.resolve(), args.checkpoints.resolve())
-    options = StackOptions(*folders, grpc_port=0, http_port=0, device=args.device, gpus=gpus)
+    flags = DeviceFlags(args.device, gpus=args.gpus)
+    choice = choose_devices(flags, gpus_for(args.device), folders[1], lambda line: sys.stdout.write(f"{line}\n"))
+    options = StackOptions(*folders, grpc_port=0, http_port=0, **vars(choice))
     flag = options.data_dir / "out_of_memory"
     async with faulty_stack(options, flag) as stack:
         with contextlib.ExitStack() as channels:
@@ -278,7 +280,7 @@ async def main() -> None:
             recoveries, wrong = await asyncio.to_thread(measure_all, bench)
     if args.save or args.json:
         cuda = torch.cuda.is_available() and args.device != "cpu"
-        described = describe_run("recovery", torch.device("cuda" if cuda else "cpu"), gpus, args)
+        described = describe_run("recovery", torch.device("cuda" if cuda else "cpu"), choice.gpus, args)
         save_result(args.json or result_path(described), described, recoveries)
     if wrong:
         raise SystemExit("\n".join(wrong))

@@ -29,8 +29,9 @@ from PIL import Image
 
 from benchmarks.common import describe_run, result_path, save_result
 from benchmarks.spans import Span, overlapped
-from cli.stack.gpus import choose_gpus
-from cli.stack.plan import StackOptions, require_quantization
+from cli.stack.gpus import gpus_for
+from cli.stack.memory import DeviceFlags, choose_devices
+from cli.stack.plan import StackOptions
 from cli.stack.stack import running_stack
 from ovi.common.v1 import generation_pb2
 from ovi.gateway.v1 import gateway_pb2 as pb
@@ -230,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--queue-run", help="what they are (default: the last of --runs)")
     add("--device", default="auto", help="of fusion and vae: auto, cpu, cuda, cuda:N")
     add("--gpus", default="auto", help="of the fusion service; ranks with --device cpu")
-    add("--quantization", default="none", help="of the fusion service: none or fp8")
+    add("--vram-mode", default="auto", help="how GPU memory is used")
     add("--save", action="store_true", help="keep the result in benchmarks/results")
     add("--json", type=Path, help="keep the result in this file")
     return parser
@@ -239,10 +240,10 @@ def _parser() -> argparse.ArgumentParser:
 async def main() -> None:
     """Measure and print."""
     args = _parser().parse_args()
-    gpus = choose_gpus(args.gpus, args.device)
     folders = (args.data_dir.resolve(), args.checkpoints.resolve())
-    quantization = require_quantization(args.quantization)
-    options = StackOptions(*folders, grpc_port=0, http_port=0, device=args.device, gpus=gpus, quantization=quantization)
+    flags = DeviceFlags(args.device, gpus=args.gpus, vram_mode=args.vram_mode)
+    choice = choose_devices(flags, gpus_for(args.device), folders[1], lambda line: sys.stdout.write(f"{line}\n"))
+    options = StackOptions(*folders, grpc_port=0, http_port=0, **vars(choice))
     runs = [Run.parse(text) for text in args.runs.split(",")]
     queue = (args.queue, Run.parse(args.queue_run) if args.queue_run else runs[-1]) if args.queue else None
     start = time.perf_counter()
@@ -253,8 +254,8 @@ async def main() -> None:
         rows, queues = await asyncio.to_thread(measure_all, stack.plan.grpc_address, runs, queue, logs)
     if args.save or args.json:
         cuda = torch.cuda.is_available() and args.device != "cpu"
-        variant = "" if quantization == "none" else quantization
-        described = describe_run("stack", torch.device("cuda" if cuda else "cpu"), gpus, args, variant)
+        variant = "" if args.vram_mode == "auto" else args.vram_mode
+        described = describe_run("stack", torch.device("cuda" if cuda else "cpu"), choice.gpus, args, variant)
         described |= {"start_s": start_s, "queues": [asdict(one) for one in queues]}
         save_result(args.json or result_path(described), described, rows)
 

@@ -34,6 +34,7 @@ _FLAGS: Mapping[str, str] = {
     "slg_layer": "--slg-layer",
     "seed": "--seed",
     "step_cache_threshold": "--step-cache",
+    "vram_mode": "--vram-mode",
 }
 
 

@@ -42,8 +42,13 @@ Plan = Annotated[
         " holds a part of the weights. auto chooses by their number and memory."
     ),
 ]
-Quantization = Annotated[
-    str, typer.Option(help="Of the fusion service: none, or fp8: lossy, faster on Ada and Hopper, half the memory.")
+VramModeFlag = Annotated[
+    str,
+    typer.Option(
+        "--vram-mode",
+        help="How GPU memory is used: auto, standard, streamed, fp8, fp8_offload, ultra_low or all_gpu; the fp8 ones"
+        " and ultra_low are lossy. auto chooses by the memory there is and says why.",
+    ),
 ]
 TextEncoderDevice = Annotated[str, typer.Option(help="Of the text encoder: auto, cpu, cuda or cuda:N.")]
 Server = Annotated[str, typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a gateway's gRPC API.")]

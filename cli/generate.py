@@ -23,17 +23,19 @@ from cli.errors import EXIT_INTERRUPTED, CommandFailed, UsageProblem, errors_in_
 from cli.interrupt import Interrupted, run_interruptible
 from cli.progress import job_view
 from cli.stack.display import StackDisplay
-from cli.stack.gpus import choose_gpus, require_plan
+from cli.stack.gpus import gpus_for, parse_mode
+from cli.stack.memory import DeviceFlags, check_flags, choose_devices
 from cli.stack.plan import StackOptions
 from cli.stack.stack import live_stack, running_stack
 from cli.stack.supervisor import ServiceFailed
-from cli.up import prepare_checkpoints
+from cli.up import prepare_checkpoints, say_choice
 from cli.words import describe_video, state_word
 from ovi.common.v1 import generation_pb2 as common_pb
 from ovi.gateway.v1 import gateway_pb2 as pb
 from shared.errors import InvalidRequest, OviError
 from shared.pictures import open_picture
 from shared.sampling_options import SamplingOptions, Solver, check_sampling_options
+from shared.system_proto import vram_mode_to_proto
 
 _EMBEDDED_GRACE_S = 5.0
 _CANCEL_PATIENCE_S = 15.0
@@ -90,6 +92,7 @@ def generate(
     text_encoder_device: flags.TextEncoderDevice = "auto",
     gpus: flags.Gpus = "auto",
     plan: flags.Plan = "auto",
+    vram_mode: flags.VramModeFlag = "auto",
 ) -> None:
     """Make a clip. Without --server, uses the stack that runs on the data folder, or starts one for this clip alone.
 
@@ -103,11 +106,14 @@ def generate(
             parameters.video_negative_prompt = negative_prompt
         if audio_negative_prompt is not None:
             parameters.audio_negative_prompt = audio_negative_prompt
+        # Without one, the services keep to theirs.
+        parameters.vram_mode = vram_mode_to_proto(parse_mode(vram_mode))
         if size is not None:
             parameters.width, parameters.height = parse_size(size)
         wanted = _Wanted(parameters, None if image is None else _read_picture(image), _writable(out))
         folder = data_dir.resolve()
-        started = StackRequest(folder, checkpoints, preset, device, text_encoder_device, gpus, plan)
+        devices = DeviceFlags(device, text_encoder_device, gpus, plan, vram_mode=vram_mode)
+        started = StackRequest(folder, checkpoints, preset, devices)
         try:
             run_interruptible(_generate(wanted, server, started, console))
         except Interrupted:
@@ -171,16 +177,13 @@ class StackRequest:
     data_dir: Path
     checkpoints: Path | None
     preset: str | None
-    device: str
-    text_encoder_device: str
-    gpus: str
-    plan: str
+    devices: DeviceFlags
 
     @property
     def is_particular(self) -> bool:
-        """True if any flag asks for something a running stack may not be."""
-        choices = (self.device, self.text_encoder_device, self.gpus, self.plan)
-        return bool(self.checkpoints or self.preset or any(choice != "auto" for choice in choices))
+        """True if any flag asks for something a running stack may not be. A mode is of a job, too."""
+        ordinary = DeviceFlags(vram_mode=self.devices.vram_mode)
+        return bool(self.checkpoints or self.preset or self.devices != ordinary)
 
 
 @contextlib.asynccontextmanager
@@ -206,17 +209,12 @@ async def gateway_address(server: str | None, request: StackRequest, console: Co
         console.print(note, style="dim", soft_wrap=True, markup=False)
         yield address
         return
+    here = gpus_for(request.devices.device)
+    check_flags(request.devices, here)
     folder = prepare_checkpoints(request.checkpoints, request.preset, request.data_dir, console)
+    choice = choose_devices(request.devices, here, folder, lambda line: say_choice(line, console))
     options = StackOptions(
-        request.data_dir,
-        folder,
-        grpc_port=0,
-        http_port=0,
-        device=request.device,
-        text_encoder_device=request.text_encoder_device,
-        gpus=choose_gpus(request.gpus, request.device, require_plan(request.plan, "none")),
-        plan=request.plan,
-        grace_s=_EMBEDDED_GRACE_S,
+        request.data_dir, folder, grpc_port=0, http_port=0, grace_s=_EMBEDDED_GRACE_S, **vars(choice)
     )
     with StackDisplay(console, brief=True) as display:
         async with running_stack(options, display.notify) as stack:

@@ -14,8 +14,9 @@ from cli.errors import EXIT_FAILED, CommandFailed, errors_in_words
 from cli.interrupt import Interrupted, run_interruptible
 from cli.stack.checkpoints import choose_checkpoints
 from cli.stack.display import StackDisplay
-from cli.stack.gpus import choose_gpus, choose_vae_gpus, require_plan
-from cli.stack.plan import StackOptions, require_quantization
+from cli.stack.gpus import gpus_for
+from cli.stack.memory import DeviceFlags, check_flags, choose_devices
+from cli.stack.plan import StackOptions
 from cli.stack.stack import Stack, locked_data_dir, running_stack
 from cli.stack.supervisor import ServiceFailed
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
@@ -38,7 +39,7 @@ def up(
     gpus: flags.Gpus = "auto",
     plan: flags.Plan = "auto",
     vae_gpus: flags.VaeGpus = "auto",
-    quantization: flags.Quantization = "none",
+    vram_mode: flags.VramModeFlag = "auto",
 ) -> None:
     """Start the text encoder, fusion, VAE and gateway services, and keep them running.
 
@@ -47,20 +48,12 @@ def up(
     console = Console(highlight=False)
     with errors_in_words():
         data_dir = data_dir.resolve()
+        wanted = DeviceFlags(device, text_encoder_device, gpus, plan, vae_gpus, vram_mode)
+        here = gpus_for(device)
+        check_flags(wanted, here)
         folder = prepare_checkpoints(checkpoints, preset, data_dir, console)
-        options = StackOptions(
-            data_dir,
-            folder,
-            host,
-            grpc_port,
-            http_port,
-            device,
-            text_encoder_device,
-            choose_gpus(gpus, device, require_plan(plan, quantization)),
-            choose_vae_gpus(vae_gpus, device),
-            require_quantization(quantization),
-            plan,
-        )
+        choice = choose_devices(wanted, here, folder, lambda line: say_choice(line, console))
+        options = StackOptions(data_dir, folder, host, grpc_port, http_port, **vars(choice))
         if host not in _LOOPBACK:
             console.print(f"--host {host}: whoever reaches it can use the service.", style="yellow", markup=False)
         try:
@@ -84,6 +77,11 @@ def prepare_checkpoints(checkpoints: Path | None, preset: str | None, data_dir: 
             console.print(text, style="yellow", soft_wrap=True, markup=False)
 
         return choose_checkpoints(checkpoints, preset, data_dir, say)
+
+
+def say_choice(line: str, console: Console) -> None:
+    """What was chosen for this machine, as it is."""
+    console.print(line, style="dim", soft_wrap=True, markup=False)
 
 
 async def _serve(options: StackOptions, console: Console) -> None:
@@ -112,6 +110,7 @@ def _print_addresses(stack: Stack, fusion: fusion_pb2.DescribeModelResponse, con
         "HTTP": stack.plan.http_url,
         "models": ", ".join(model.id for model in models if not model.problem),
         "plan": f"{stack.plan.options.plan}: {fusion.plan}",
+        "memory": stack.plan.options.vram_mode.value,
         "weights": str(stack.plan.options.checkpoints),
         "logs": str(stack.plan.gateway.log_path.parent),
         "try": f'ovi generate "a bell in the fog" --server {address}',

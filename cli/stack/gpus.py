@@ -1,67 +1,120 @@
-"""How many GPUs the fusion and VAE services get, and how those of fusion share the work."""
+"""Which GPUs this machine has, and what the flags about them may say."""
 
 from __future__ import annotations
 
+import functools
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cli.errors import UsageProblem
+from shared.allocations import ALLOCATIONS, MAX_VAE_RANKS, RANKS_FOR_24_HEADS, RANKS_OF
+from shared.memory.choose import DeviceFacts
+from shared.memory.modes import RECIPES, VramMode, WeightFormat
 
-_COUNT_TIMEOUT_S = 60
-_LEGAL = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-"""Ranks among which guidance and the 24 heads of the model can be shared; see services.fusion.parallel.plan."""
+_LOOK_TIMEOUT_S = 60
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+"""Of CUDA and of ROCm."""
+_LOOK = """
+import json, sys
+from shared.memory.devices import Devices
+facts = ("name", "total_bytes", "free_bytes", "capability", "unified")
+gpus = [device for device in Devices().look() if device.backend != "cpu"]
+json.dump([{fact: getattr(gpu, fact) for fact in facts} for gpu in gpus], sys.stdout)
+"""
 
-PLANS = ("auto", "single", "multi_2", "multi_4", "multi_8", "fsdp")
-"""See services.fusion.parallel.plan."""
-_GPUS_OF_PLAN = {"single": 1, "multi_2": 2, "multi_4": 4, "multi_8": 8}
 
-MAX_VAE_GPUS = 8
-"""Beyond it the stripes of a picture are so low that most of the work is at their edges."""
+@functools.cache
+def gpus_here() -> tuple[DeviceFacts, ...]:
+    """The GPUs that PyTorch sees, once a command; asked in a process of its own: importing it here would slow every
+    command down.
+    """
+    if not any(driver.exists() for driver in _DRIVERS):
+        return ()
+    command = [sys.executable, "-P", "-c", _LOOK]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_LOOK_TIMEOUT_S, check=True)
+    return tuple(DeviceFacts(**facts) for facts in json.loads(result.stdout.splitlines()[-1]))
 
 
-def choose_gpus(wanted: str, device: str, plan: str = "auto") -> int:
-    """The number of GPUs for `--gpus`: "auto" is what the plan needs, or the most on this machine, 1 without any.
+def gpus_for(device: str) -> tuple[DeviceFacts, ...]:
+    """Those of this machine, looked at only if `--device` can mean one."""
+    return () if device == "cpu" else gpus_here()
+
+
+def usable(gpus: Sequence[DeviceFacts], device: str) -> tuple[DeviceFacts, ...]:
+    """Those that `--device` allows.
+
+    Raises:
+        UsageProblem: it names one that is not there, or any where there is none.
+    """
+    allowed = tuple(gpu for gpu in gpus if device in ("auto", "cuda", gpu.name))
+    if not allowed and device.startswith("cuda"):
+        there = ", ".join(gpu.name for gpu in gpus) or "no GPU that PyTorch can use; see `ovi doctor`"
+        raise UsageProblem(f"--device {device}: this machine has {there}")
+    return allowed
+
+
+def parse_mode(wanted: str) -> VramMode:
+    """The value of `--vram-mode`.
+
+    Raises:
+        UsageProblem: it is none.
+    """
+    names = [mode.value for mode in VramMode]
+    if wanted not in names:
+        raise UsageProblem(f"--vram-mode: got {wanted!r}, allowed is one of {', '.join(names)}")
+    return VramMode(wanted)
+
+
+def require_plan(wanted: str, mode: VramMode) -> str:
+    """The value of `--plan`.
+
+    Raises:
+        UsageProblem: it is none, or cannot be had with this `--vram-mode`.
+    """
+    if wanted not in ALLOCATIONS:
+        raise UsageProblem(f"--plan: got {wanted!r}, allowed is one of {', '.join(ALLOCATIONS)}")
+    recipe = RECIPES.get(mode)
+    if wanted == "fsdp" and recipe and (recipe.takes_turns or recipe.weights is not WeightFormat.NATIVE):
+        raise UsageProblem(f"--plan fsdp needs --vram-mode auto, standard or all_gpu, got {mode.value}")
+    return wanted
+
+
+def choose_gpus(wanted: str, device: str, plan: str, gpus: Sequence[DeviceFacts]) -> int | None:
+    """The number of GPUs for `--gpus`; None for "auto" where there are some and the plan takes any number.
+
+    Without GPUs "auto" is what the plan needs, else 1.
 
     Args:
         wanted: value of `--gpus`.
         device: value of `--device`.
-        plan: one of PLANS.
+        plan: one of ALLOCATIONS.
+        gpus: of this machine.
 
     Raises:
         UsageProblem: not a number, or no plan for it, or not that many there, or not what the plan needs.
     """
-    needed = _GPUS_OF_PLAN.get(plan)
+    needed = RANKS_OF.get(plan)
+    there = len(usable(gpus, device))
     if wanted == "auto" and needed is not None:
-        return _require_there(needed, device, f"--plan {plan}")
+        return _require_there(needed, device, f"--plan {plan}", gpus)
     if wanted == "auto":
-        there = _count() if device in ("auto", "cuda") else 1
-        number = max(number for number in _LEGAL if number <= max(there, 1))
-    elif not wanted.isdecimal() or int(wanted) not in _LEGAL:
-        raise UsageProblem(f"--gpus: got {wanted!r}, allowed is auto or one of {', '.join(map(str, _LEGAL))}")
+        number = None if there else 1
+    elif not wanted.isdecimal() or int(wanted) not in RANKS_FOR_24_HEADS:
+        legal = ", ".join(map(str, RANKS_FOR_24_HEADS))
+        raise UsageProblem(f"--gpus: got {wanted!r}, allowed is auto or one of {legal}")
     else:
-        number = _require_there(int(wanted), device, "--gpus")
+        number = _require_there(int(wanted), device, "--gpus", gpus)
     if needed is not None and number != needed:
         raise UsageProblem(f"--plan {plan} is for {needed} GPUs, got --gpus {number}; leave one of the two flags out")
-    if plan == "fsdp" and number == 1:
+    if plan == "fsdp" and (number or there) == 1:
         raise UsageProblem("--plan fsdp shares the weights among at least 2 GPUs, there is 1; see --gpus")
     return number
 
 
-def require_plan(wanted: str, quantization: str) -> str:
-    """The value of `--plan`.
-
-    Raises:
-        UsageProblem: it is none, or cannot be had with this `--quantization`.
-    """
-    if wanted not in PLANS:
-        raise UsageProblem(f"--plan: got {wanted!r}, allowed is one of {', '.join(PLANS)}")
-    if wanted == "fsdp" and quantization != "none":
-        raise UsageProblem(f"--plan fsdp needs --quantization none, got {quantization}")
-    return wanted
-
-
-def choose_vae_gpus(wanted: str, device: str) -> int | None:
+def choose_vae_gpus(wanted: str, device: str, gpus: Sequence[DeviceFacts]) -> int | None:
     """The number of GPUs for `--vae-gpus`; None for "auto": what the stack's plan says.
 
     Raises:
@@ -69,23 +122,14 @@ def choose_vae_gpus(wanted: str, device: str) -> int | None:
     """
     if wanted == "auto":
         return None
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= MAX_VAE_GPUS:
-        raise UsageProblem(f"--vae-gpus: got {wanted!r}, allowed is auto or 1 to {MAX_VAE_GPUS}")
-    return _require_there(int(wanted), device, "--vae-gpus")
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= MAX_VAE_RANKS:
+        raise UsageProblem(f"--vae-gpus: got {wanted!r}, allowed is auto or 1 to {MAX_VAE_RANKS}")
+    return _require_there(int(wanted), device, "--vae-gpus", gpus)
 
 
-def _require_there(number: int, device: str, flag: str) -> int:
+def _require_there(number: int, device: str, flag: str, gpus: Sequence[DeviceFacts]) -> int:
     if number > 1 and device not in ("auto", "cuda", "cpu"):
         raise UsageProblem(f"{flag} {number} needs --device auto or cuda, got --device {device}")
-    if number > 1 and device != "cpu" and number > (there := _count()):
-        raise UsageProblem(f"{flag}: got {number}, this machine has {there}")
+    if number > 1 and device != "cpu" and number > len(gpus):
+        raise UsageProblem(f"{flag}: got {number}, this machine has {len(gpus)}")
     return number
-
-
-def _count() -> int:
-    """GPUs that PyTorch sees, asked in a process of its own: importing it here would slow every command down."""
-    if not Path("/dev/nvidiactl").exists():
-        return 0
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=_COUNT_TIMEOUT_S, check=True)
-    return int(result.stdout)

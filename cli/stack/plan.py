@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli.errors import UsageProblem
-from cli.stack.gpus import MAX_VAE_GPUS
 from cli.stack.ports import ReservedPort, connect_host, free_http_port, reserve_grpc_port
+from shared.allocations import MAX_VAE_RANKS
+from shared.memory.modes import VramMode
+from shared.memory.stack import StackMemory
 
 STAGES = ("text_encoder", "fusion", "vae")
 GATEWAY = "gateway"
 
-QUANTIZATIONS = ("none", "fp8")
-"""See services.fusion.quantization; anything but none is lossy."""
-
 _LOOPBACK = "127.0.0.1"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _RESTARTS = ("--max-restarts", "1000", "--monitor-interval", "0.2")
 """torchrun starts all ranks again when one fails; when it gives up, the supervisor starts torchrun again."""
 _ENVIRONMENT = {
@@ -49,11 +49,13 @@ class StackOptions:
     gpus: int = 1
     """GPUs of the fusion service, a rank each; the text encoder uses the first."""
     vae_gpus: int | None = None
-    """GPUs of the VAE service, a rank each; None: those of the fusion service, at most MAX_VAE_GPUS, on a CPU 1."""
-    quantization: str = "none"
-    """Of the fusion service: one of QUANTIZATIONS."""
+    """GPUs of the VAE service, a rank each; None: those of the fusion service, at most MAX_VAE_RANKS, on a CPU 1."""
     plan: str = "auto"
-    """How the GPUs of the fusion service share the work: one of cli.stack.gpus.PLANS."""
+    """How the GPUs of the fusion service share the work: one of shared.allocations.ALLOCATIONS."""
+    vram_mode: VramMode = VramMode.AUTO
+    """How device memory is used; AUTO: each service chooses by what it finds free."""
+    memory: StackMemory | None = None
+    """What was planned for these GPUs; None: nothing limits the services' memory."""
     grace_s: float = 10.0
     """Seconds that calls under way have to end when the stack stops."""
 
@@ -62,7 +64,7 @@ class StackOptions:
         """Processes of the VAE service."""
         if self.vae_gpus is not None:
             return self.vae_gpus
-        return 1 if self.device == "cpu" else min(self.gpus, MAX_VAE_GPUS)
+        return 1 if self.device == "cpu" else min(self.gpus, MAX_VAE_RANKS)
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,6 @@ class StackPlan:
         self.ports.close()
 
 
-def require_quantization(wanted: str) -> str:
-    """The value of `--quantization`.
-
-    Raises:
-        UsageProblem: it is none.
-    """
-    if wanted not in QUANTIZATIONS:
-        raise UsageProblem(f"--quantization: got {wanted!r}, allowed is one of {', '.join(QUANTIZATIONS)}")
-    return wanted
-
-
 def plan_stack(options: StackOptions) -> StackPlan:
     """Choose and reserve ports and write out every command.
 
@@ -142,10 +133,13 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     device = options.text_encoder_device if name == "text_encoder" else options.device
     arguments = ["--checkpoints", str(options.checkpoints), "--host", _LOOPBACK, "--port", str(port)]
     arguments += ["--device", device, "--grace-s", str(options.grace_s)]
+    arguments += ["--vram-mode", options.vram_mode.value]
+    if options.memory is not None and (budget := options.memory.budgets.get(name)):
+        # Rounded down, since together they may not be more than there is.
+        arguments += ["--memory-gib", f"{budget * 1000 // 2**30 / 1000:.3f}"]
     ranks = {"fusion": options.gpus, "vae": options.vae_ranks}.get(name, 1)
     if name == "fusion":
-        weights = "native" if options.quantization == "none" else options.quantization
-        arguments += ["--weights", weights, "--plan", options.plan]
+        arguments += ["--plan", options.plan]
     return _service(options, name, f"{_LOOPBACK}:{port}", arguments, ranks)
 
 
@@ -154,4 +148,14 @@ def _service(options: StackOptions, name: str, address: str, arguments: list[str
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *_RESTARTS)
     command = (sys.executable, "-P", *(launcher if ranks > 1 else ()), "-m", f"services.{name}", *arguments)
     log_path = options.data_dir / "logs" / f"{name}.log"
-    return ServiceSpec(name, command, address, log_path, options.grace_s + 5, dict(_ENVIRONMENT))
+    environment = _ENVIRONMENT | _visible_gpus(options.memory)
+    return ServiceSpec(name, command, address, log_path, options.grace_s + 5, environment)
+
+
+def _visible_gpus(memory: StackMemory | None) -> dict[str, str]:
+    """Ranks take GPUs in the order in which they see them, so of several they shall see those that were chosen."""
+    if memory is None or memory.gpus == tuple(range(len(memory.gpus))) or len(memory.gpus) == 1:
+        return {}
+    seen = os.environ.get(_VISIBLE)
+    names = seen.split(",") if seen else [str(index) for index in range(max(memory.gpus) + 1)]
+    return {_VISIBLE: ",".join(names[index] for index in memory.gpus)}

@@ -246,7 +246,7 @@ def estimate_vae(sizes: VaeSizes, height: int, width: int, layout: VaeLayout, ra
     activations = int(pixels * per_pixel * wider)
     return _with_context(
         {
-            "weights": sizes.decoder_bytes + sizes.encoder_bytes + sizes.sound_bytes,
+            "weights": sizes.total_bytes,
             "activations": activations + _SOUND_BYTES,
             "workspaces": WORKSPACE_BYTES,
         }
@@ -261,7 +261,6 @@ def estimate_text_encoder(sizes: TextEncoderSizes, place: TextEncoderPlace) -> C
     activations = 2 * 4 * sizes.num_heads * sizes.max_tokens**2 + 16 * 4 * sizes.max_tokens * sizes.dim
     components = {"activations": activations, "workspaces": WORKSPACE_BYTES}
     if place is TextEncoderPlace.RESIDENT:
-        weights = sizes.num_layers * sizes.layer_bytes + sizes.embedding_bytes + sizes.other_bytes
-        return _with_context({"weights": weights, **components})
+        return _with_context({"weights": sizes.total_bytes, **components})
     ring = min(RING_BLOCKS, sizes.num_layers) * sizes.layer_bytes
     return _with_context({"ring": ring, "weights": sizes.other_bytes, **components})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.shapes import AudioLatentShape, VideoLatentShape, common_sizes
 from shared.variants import Variant
@@ -103,6 +103,24 @@ class VaeSizes:
     """Channels of the decoder's last level."""
     itemsize: int
     """Bytes of a value of the video networks."""
+    file_bytes: int
+    """Of the video VAE's weight file."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all weights."""
+        return self.decoder_bytes + self.encoder_bytes + self.sound_bytes
+
+    def scaled(self, part: float) -> VaeSizes:
+        """About those of networks whose weights are so many times as large."""
+        return VaeSizes(
+            decoder_bytes=int(self.decoder_bytes * part),
+            encoder_bytes=int(self.encoder_bytes * part),
+            sound_bytes=int(self.sound_bytes * part),
+            decoder_dim=round(self.decoder_dim * part**0.5),
+            itemsize=self.itemsize,
+            file_bytes=int(self.file_bytes * part),
+        )
 
 
 RELEASED_VAE = VaeSizes(
@@ -111,6 +129,7 @@ RELEASED_VAE = VaeSizes(
     sound_bytes=1_135_437_868,
     decoder_dim=256,
     itemsize=2,
+    file_bytes=2_818_754_672,
 )
 """Wan2.2 VAE in bfloat16, MMAudio VAE, BigVGAN."""
 
@@ -128,6 +147,20 @@ class TextEncoderSizes:
     dim: int
     num_heads: int
     max_tokens: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all weights."""
+        return self.num_layers * self.layer_bytes + self.embedding_bytes + self.other_bytes
+
+    def scaled(self, part: float) -> TextEncoderSizes:
+        """About those of an encoder whose weights are so many times as large."""
+        return replace(
+            self,
+            layer_bytes=int(self.layer_bytes * part),
+            embedding_bytes=int(self.embedding_bytes * part),
+            other_bytes=int(self.other_bytes * part),
+        )
 
     @classmethod
     def of_widths(

@@ -20,7 +20,7 @@ from shared.memory.choose import (
     plan_fusion,
     plan_vae,
 )
-from shared.memory.estimate import CONTEXT_BYTES, Components, estimate_text_encoder
+from shared.memory.estimate import CONTEXT_BYTES, Components, estimate_text_encoder, fusion_weight_bytes
 from shared.memory.modes import LOWER, RECIPES, TextEncoderPlace, VramMode, WeightFormat
 from shared.memory.sizes import ClipShape, StackSizes
 
@@ -62,8 +62,15 @@ class StackMemory:
     """Most bytes of the first GPU at once: all contexts, and all stages or, where they take turns, the largest."""
     available_bytes: int
     """What may be used of it."""
+    host_bytes: int
+    """Weights that the stages keep in host memory, in all."""
     explanation: str
     """In one line: what was chosen and why."""
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Every GPU that is used, rank 0's first."""
+        return max(self.devices.values(), key=len)
 
     @property
     def components(self) -> Mapping[str, Components]:
@@ -107,6 +114,36 @@ def plan_stack(
     raise _refusal(refused[-1], wish)
 
 
+def plan_largest(
+    devices: Sequence[DeviceFacts], sizes: StackSizes, clips: Sequence[ClipShape], wish: StackWish = StackWish()
+) -> tuple[StackMemory, list[str]]:
+    """`plan_stack` for the largest clip that fits, and what is to be said of those that do not.
+
+    AUTO keeps to a lossless mode if any clip can be made in one: those that cannot are left to who names a lossy mode.
+
+    Raises:
+        OutOfMemory: not even the smallest clip fits; with the numbers.
+    """
+    by_size = sorted(clips, key=lambda clip: clip.tokens.video)
+    lossy: tuple[StackMemory, list[str]] | None = None
+    notes: list[str] = []
+    while by_size:
+        try:
+            plan = plan_stack(devices, sizes, by_size, wish)
+        except OutOfMemory as error:
+            if len(by_size) == 1 and lossy is None:
+                raise
+            notes = [f"{by_size[-1].name} is not offered: {error.message}", *notes]
+        else:
+            if RECIPES[plan.mode].lossless or wish.mode is not VramMode.AUTO:
+                return plan, notes
+            lossy = lossy or (plan, notes)
+            notes = [f"{by_size[-1].name} needs a lossy mode; for jobs that name it: {plan.mode.value}", *notes]
+        by_size.pop()
+    assert lossy is not None
+    return lossy
+
+
 @dataclass(frozen=True)
 class _Spread:
     """One way to spread a stack over GPUs."""
@@ -138,6 +175,9 @@ def _allocations(wish: StackWish, mode: VramMode, num_devices: int) -> list[tupl
     if wish.allocation in RANKS_OF:
         return [(wish.allocation, RANKS_OF[wish.allocation])]
     counts = [wish.num_gpus] if wish.num_gpus else [n for n in reversed(RANKS_FOR_24_HEADS) if n <= num_devices]
+    if RECIPES[mode].takes_turns and not wish.num_gpus:
+        # Every rank keeps a copy of the weights in host memory: for those to decide who know how much there is.
+        counts = [1]
     several = [count for count in counts if count > 1]
     can_share = not RECIPES[mode].takes_turns and RECIPES[mode].weights is WeightFormat.NATIVE
     shared = [("fsdp", count) for count in several] if can_share else []
@@ -219,8 +259,18 @@ class _Case:
             text_encoder=text,
             total_bytes=len(needs) * CONTEXT_BYTES + together(needs.values()),
             available_bytes=self.usable_bytes(0),
+            host_bytes=self._host_bytes(),
             explanation="",
         )
+
+    def _host_bytes(self) -> int:
+        recipe, spread = RECIPES[self.mode], self.spread
+        in_host = spread.text_encoder is not TextEncoderPlace.RESIDENT
+        total = self.sizes.text_encoder.total_bytes if in_host else 0
+        if recipe.takes_turns:
+            total += spread.num_gpus * fusion_weight_bytes(self.sizes.fusion, recipe.weights)
+            total += spread.num_vae_gpus * self.sizes.vae.total_bytes
+        return total
 
     def _degrees(self) -> dict[str, int]:
         guidance, sequence = degrees(self.spread.num_gpus)

@@ -108,6 +108,7 @@ def test_vae_sizes_are_those_of_the_modules() -> None:
         network: Any = wan_network(preset.video_vae)
         sound = AudioVae(preset.audio_vae), Vocoder(preset.vocoder)
     decoder = VideoDecoder(network, FusedOps(None), torch.device("meta"), torch.bfloat16)
+    file_bytes = sum(4 * value.numel() for value in network.state_dict().values())
     encoder = num_bytes(network.encoder.to(torch.bfloat16)) + num_bytes(network.quant_conv.to(torch.bfloat16))
     assert (
         VaeSizes(
@@ -116,6 +117,7 @@ def test_vae_sizes_are_those_of_the_modules() -> None:
             sound_bytes=sum(map(num_bytes, sound)),
             decoder_dim=preset.video_vae.decoder_base_dim,
             itemsize=2,
+            file_bytes=file_bytes,
         )
         == RELEASED_VAE
     )
