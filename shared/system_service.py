@@ -42,15 +42,17 @@ Raises InvalidRequest, or OutOfMemory with the numbers where it does not fit; wh
 """
 
 
-def system_service(watcher: DeviceWatcher, plan: Plan, set_mode: SetMode) -> GrpcService:
+def system_service(watcher: DeviceWatcher, plan: Plan, set_mode: SetMode, *, device: str = "") -> GrpcService:
     """SystemService of a stage, for `shared.grpc_server.serve`.
 
     Args:
         watcher: of this stage's devices; the stage starts it when it loads and stops it when it drains.
         plan: plans on this stage.
         set_mode: switches this stage.
+        device: that this stage computes on, as PyTorch calls it; its plans are for it. The gateway takes stages that
+            do not say theirs to share one.
     """
-    return system_grpc_service(StageSystemServicer(watcher, plan, set_mode))
+    return system_grpc_service(StageSystemServicer(watcher, plan, set_mode, device))
 
 
 def system_grpc_service(servicer: pb_grpc.SystemServiceServicer) -> GrpcService:
@@ -91,18 +93,26 @@ class DevicesServicer(pb_grpc.SystemServiceServicer):
 class StageSystemServicer(DevicesServicer):
     """All of SystemService on one stage."""
 
-    def __init__(self, watcher: DeviceWatcher, plan: Plan, set_mode: SetMode) -> None:
+    def __init__(self, watcher: DeviceWatcher, plan: Plan, set_mode: SetMode, device: str) -> None:
         super().__init__(watcher)
+        self._device = device
         self._plan = plan
         self._set_mode = set_mode
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: grpc.aio.ServicerContext) -> pb.GetPlanResponse:
         mode = vram_mode_from_proto(request.vram_mode, field="vram_mode")
         size = (request.size.height, request.size.width) if request.HasField("size") else None
-        return pb.GetPlanResponse(plan=self._plan(PlanWish(mode, request.model, size)))
+        return pb.GetPlanResponse(plan=self._placed(self._plan(PlanWish(mode, request.model, size))))
 
     async def SetMode(self, request: pb.SetModeRequest, context: grpc.aio.ServicerContext) -> pb.SetModeResponse:
         mode = vram_mode_from_proto(request.vram_mode, field="vram_mode")
         begun_s = time.monotonic()
         plan = await self._set_mode(mode, request.model)
-        return pb.SetModeResponse(plan=plan, seconds=time.monotonic() - begun_s)
+        return pb.SetModeResponse(plan=self._placed(plan), seconds=time.monotonic() - begun_s)
+
+    def _placed(self, plan: pb.MemoryPlan) -> pb.MemoryPlan:
+        """The plan with its device."""
+        look = self._watcher.latest
+        keys = {device.name: device.key for device in look.devices} if look is not None else {}
+        plan.device = keys.get(self._device, self._device)
+        return plan

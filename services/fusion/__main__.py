@@ -52,7 +52,7 @@ async def run(options: FusionOptions) -> None:
             fusion_pb2.DESCRIPTOR.services_by_name["FusionService"].full_name,
             lambda server: fusion_pb2_grpc.add_FusionServiceServicer_to_server(servicer, server),
         ),
-        system_service(watcher, servicer.plan, servicer.set_mode),
+        system_service(watcher, servicer.plan, servicer.set_mode, device=str(stage.device)),
     ]
 
     async def load() -> None:
@@ -63,7 +63,6 @@ async def run(options: FusionOptions) -> None:
         await worker.run(lambda: engine.warm_up(model))
 
     async def close() -> None:
-        await watcher.stop()
         idle = worker.close()
         resolver.close()
         # A run that ended while draining is lost, and made again, if nobody can fetch its latents any more.
@@ -73,7 +72,7 @@ async def run(options: FusionOptions) -> None:
         if isinstance(engine, LeadingEngine) and idle:
             engine.stop_followers()
 
-    await serve(stage.listen, services, load=load, close=close)
+    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop)
 
 
 def _make_engine(options: FusionOptions) -> FusionEngine:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ovi.common.v1 import system_pb2 as pb
-from shared.memory.devices import GIB, DeviceState
+from shared.memory.choose import gib
+from shared.memory.device_state import DeviceState
+from shared.memory.estimate import CONTEXT
 from shared.memory.modes import RECIPES
 from shared.system_proto import vram_mode_from_proto
 
-CONTEXT = "CUDA context"
-"""The component of a plan that its process keeps between its turns."""
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -72,27 +73,30 @@ def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str,
     Args:
         plans: by stage; "fusion" is there, and its mode is the stack's.
         device_bytes: all memory of a device, by `pb.MemoryPlan.device`, as far as it is known; plans say by it which
-            device they share.
+            device they share, and one that says none is taken to share fusion's.
     """
     fusion = plans["fusion"]
     mode = vram_mode_from_proto(fusion.vram_mode, field="vram_mode")
     takes_turns = RECIPES[mode].takes_turns
     sharing: dict[str, dict[str, pb.MemoryPlan]] = {}
     for stage, plan in plans.items():
-        sharing.setdefault(plan.device, {})[stage] = plan
+        sharing.setdefault(plan.device or fusion.device, {})[stage] = plan
     devices = []
     for device, by_stage in sharing.items():
         alone = list(by_stage.values())
         contexts = [plan.component_bytes.get(CONTEXT, 0) for plan in alone]
+        # A stage that nothing limits sends 0.
+        rooms = [plan.available_bytes or math.inf for plan in alone]
         if takes_turns:
             total = sum(contexts) + max(plan.total_bytes - own for plan, own in zip(alone, contexts, strict=True))
-            available = max(plan.available_bytes for plan in alone)
+            room = max(rooms)
         else:
             total = sum(plan.total_bytes for plan in alone)
-            available = sum(plan.available_bytes for plan in alone)
-        devices.append((device, total, min(available, device_bytes.get(device, available)), by_stage))
-    device, total, available, by_stage = max(devices, key=lambda entry: entry[1] - entry[2])
+            room = sum(rooms)
+        devices.append((device, total, min(room, device_bytes.get(device, math.inf)), by_stage))
+    device, total, room, by_stage = max(devices, key=lambda entry: (entry[1] - entry[2], entry[1]))
     fits = all(plan.fits for plan in plans.values()) and all(total <= room for _, total, room, _ in devices)
+    available = 0 if room == math.inf else int(room)
     return pb.MemoryPlan(
         vram_mode=fusion.vram_mode,
         allocation=fusion.allocation,
@@ -102,7 +106,7 @@ def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str,
         total_bytes=total,
         available_bytes=available,
         fits=fits,
-        explanation=_explained(plans, fits, f"{mode.value} takes {total / GIB:.1f} GiB", available),
+        explanation=_explained(plans, fits, f"{mode.value} takes {gib(total)}", available),
         device=device,
     )
 
@@ -111,5 +115,5 @@ def _explained(plans: Mapping[str, pb.MemoryPlan], fits: bool, takes: str, avail
     if fits:
         return plans["fusion"].explanation
     lacking = [f"{stage}: {plan.explanation}" for stage, plan in plans.items() if not plan.fits]
-    together = f"{takes} on one device for all stages together, {available / GIB:.1f} GiB can be used"
+    together = f"{takes} on one device for all stages together, {gib(available)} may be used"
     return "; ".join(lacking) or f"{together}; choose a mode that takes less"

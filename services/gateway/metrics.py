@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from services.gateway.memory import StageDevices, device_key
-from shared.memory.devices import DeviceState
+from shared.memory.device_state import DeviceState
 from shared.memory.modes import VramMode
 
 _STAGE_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000)

@@ -22,7 +22,7 @@ from services.gateway.models import ModelInfo
 from shared.errors import DeadlineExceeded, Unavailable
 from shared.generation_proto import prompt_format_from_proto, prompt_format_to_proto
 from shared.grpc_client import REQUEST_ID_KEY, error_of
-from shared.memory.devices import DeviceState
+from shared.memory.device_state import DeviceState
 from shared.system_proto import device_from_proto, vram_mode_from_proto
 from shared.tensors.framing import CHUNK_BYTES
 from shared.variants import PromptFormat

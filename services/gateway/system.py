@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 from ovi.common.v1 import system_pb2 as pb
 from services.gateway.memory import StageDevices, combined_plan, host_of, merged_devices, named_key
 from services.gateway.stages import StageClients, SystemClient
-from shared.errors import FailedPrecondition, OutOfMemory, OviError
+from shared.errors import FailedPrecondition, InvalidRequest, OutOfMemory, OviError
 from shared.logging import get_logger
-from shared.memory.devices import DeviceState
+from shared.memory.choose import candidates
+from shared.memory.device_state import DeviceState
 from shared.memory.watcher import Sight
+from shared.system_proto import vram_mode_to_proto
 
 log = get_logger(__name__)
 
@@ -68,9 +71,7 @@ class StackSystem:
             FailedPrecondition: a stage refused when others had been switched already; names them.
         """
         async with self._switching:
-            plan = await self.plan(pb.GetPlanRequest(vram_mode=request.vram_mode, model=request.model))
-            if not plan.fits:
-                raise OutOfMemory(f"nothing was switched: {plan.explanation}")
+            plan = await self._fitting(request)
             # Only the fusion service has variants.
             fusion = pb.SetModeRequest(vram_mode=plan.vram_mode, model=request.model)
             other = pb.SetModeRequest(vram_mode=plan.vram_mode)
@@ -88,10 +89,33 @@ class StackSystem:
             log.info("mode switched", vram_mode=mode, model=request.model)
             return self._combined(plans)
 
+    async def _fitting(self, request: pb.SetModeRequest) -> pb.MemoryPlan:
+        """The plan to switch to: of the mode that was named, else of the best one that the whole stack has memory for.
+
+        Raises:
+            OutOfMemory: none fits; with the numbers.
+            InvalidRequest: the mode that was named, or the model, cannot be had.
+        """
+        if request.vram_mode != pb.VRAM_MODE_UNSPECIFIED:
+            plans = [await self.plan(pb.GetPlanRequest(vram_mode=request.vram_mode, model=request.model))]
+        else:
+            present = await self.plan(pb.GetPlanRequest(model=request.model))
+            device = self.devices.get(present.device)
+            plans = []
+            for mode in candidates(device.facts if device is not None else None):
+                wish = pb.GetPlanRequest(vram_mode=vram_mode_to_proto(mode), model=request.model)
+                # Not every mode can be had on a CPU, or on several GPUs.
+                with contextlib.suppress(InvalidRequest):
+                    plans.append(await self.plan(wish))
+        fitting = next((plan for plan in plans if plan.fits), None)
+        if fitting is None:
+            raise OutOfMemory(f"nothing was switched: {plans[-1].explanation}")
+        return fitting
+
     def _combined(self, plans: Sequence[pb.MemoryPlan]) -> pb.MemoryPlan:
         by_stage = {}
         for client, plan in zip(self._stages, plans, strict=True):
-            if plan.device not in self.devices:
+            if plan.device and plan.device not in self.devices:
                 plan.device = named_key(host_of(client.address), plan.device)
             by_stage[client.name] = plan
         return combined_plan(by_stage, {key: device.total_bytes for key, device in self.devices.items()})

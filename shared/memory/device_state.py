@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GIB = 2**30
+from shared.memory.choose import GIB, DeviceFacts
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ class DeviceState:
     def used_part(self) -> float:
         """0 for empty, 1 for full."""
         return 1 - self.free_bytes / self.total_bytes if self.total_bytes else 0.0
+
+    @property
+    def facts(self) -> DeviceFacts | None:
+        """What a choice of mode depends on; None for a CPU."""
+        if self.backend == "cpu":
+            return None
+        return DeviceFacts(self.name, self.total_bytes, self.free_bytes, self.capability, self.unified)
 
     def fullness(self) -> str:
         """How full it is, in words with the numbers."""

@@ -20,10 +20,8 @@ import pynvml
 import torch
 
 from shared.logging import get_logger
-from shared.memory.device_state import GIB, DeviceState
+from shared.memory.device_state import DeviceState
 from shared.memory.nvml import Gpu, Nvml, NvmlLost
-
-__all__ = ["GIB", "DeviceState", "Devices", "TorchCuda"]
 
 log = get_logger(__name__)
 

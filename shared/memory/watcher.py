@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from shared.errors import Unavailable
 from shared.logging import get_logger
-from shared.memory.devices import Devices, DeviceState
+from shared.memory.device_state import DeviceState
+from shared.memory.devices import Devices
 
 log = get_logger(__name__)
 

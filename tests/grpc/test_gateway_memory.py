@@ -238,9 +238,22 @@ def test_a_mode_is_switched_everywhere(gateway, stages):
     (fusion,), (vae,), (text) = (stage.system.switches for stage in (stages.fusion, stages.vae, stages.text_encoder))
     assert (fusion.vram_mode, fusion.model) == (system.VRAM_MODE_FP8, MODEL)
     assert [(one.vram_mode, one.model) for one in (vae, *text)] == [(system.VRAM_MODE_FP8, "")] * 2
-    stages.fusion.system.mode = system.VRAM_MODE_STREAMED
-    set_mode(gateway, system.VRAM_MODE_UNSPECIFIED)
-    assert stages.vae.system.switches[-1].vram_mode == system.VRAM_MODE_STREAMED, "what fusion chose by itself"
+
+
+def test_without_a_mode_the_best_that_the_whole_stack_has_memory_for_is_taken(gateway, stages):
+    gateway.system.GetDevices(system.GetDevicesRequest(), timeout=WAIT_S)
+    stages.fusion.system.mode = system.VRAM_MODE_ULTRA_LOW
+    # Each of the three has room for it, but the device has not: 3 x 30 of 80.
+    for stage in (stages.fusion, stages.vae, stages.text_encoder):
+        stage.system.total_bytes[system.VRAM_MODE_STANDARD] = 30
+    assert set_mode(gateway, system.VRAM_MODE_UNSPECIFIED).plan.vram_mode == system.VRAM_MODE_STREAMED
+    assert stages.vae.system.switches[-1].vram_mode == system.VRAM_MODE_STREAMED
+    stages.text_encoder.system.total_bytes[system.VRAM_MODE_STANDARD] = 20
+    assert set_mode(gateway, system.VRAM_MODE_UNSPECIFIED).plan.vram_mode == system.VRAM_MODE_STANDARD
+    stages.vae.system.available_bytes = 1
+    with pytest.raises(grpc.RpcError) as refused:
+        set_mode(gateway, system.VRAM_MODE_UNSPECIFIED)
+    assert "vae: VRAM_MODE_ULTRA_LOW takes 10 of 1" in refused.value.details()
 
 
 def test_nothing_is_switched_where_one_stage_would_not_fit(gateway, stages):

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from shared.errors import Unavailable
-from shared.memory.devices import Devices, DeviceState
+from shared.memory.choose import DeviceFacts
+from shared.memory.device_state import DeviceState
+from shared.memory.devices import Devices
 from shared.memory.watcher import DeviceWatcher, Look, Sight
 
 GIB = 2**30
@@ -220,6 +222,11 @@ def test_rocm_is_told_by_torch_alone():
     gpu = looked(Untouched(), RecordedCuda(order=(0,), initialized=True), hip=True)[0]
     assert gpu.backend == "rocm" and gpu.unified and gpu.uuid == uuid_of(0) and gpu.capability == "9.4"
     assert (gpu.own_bytes, gpu.others_bytes) == (3 * GIB, 21 * GIB)
+
+
+def test_facts_are_those_a_choice_depends_on():
+    gpu, host = looked(RecordedNvml(models=(H200,)), RecordedCuda(order=(0,)))
+    assert gpu.facts == DeviceFacts("cuda:0", 140 * GIB, 130 * GIB, "9.0", unified=False) and host.facts is None
 
 
 def test_this_machine():

@@ -11,12 +11,11 @@ from ovi.common.v1 import system_pb2 as pb
 from services.gateway import fitting
 from services.gateway.fitting import Fitting
 from services.gateway.jobs.domain import ClipParameters
-from services.gateway.memory import CONTEXT, StageDevices, combined_plan, host_of, merged_devices
+from services.gateway.memory import StageDevices, combined_plan, host_of, merged_devices
 from shared.errors import FieldViolation, InvalidRequest, OutOfMemory, Unavailable
-from shared.memory.devices import DeviceState
-from shared.memory.estimate import estimate_text_encoder
-from shared.memory.modes import RECIPES, TextEncoderPlace, VramMode
-from shared.memory.sizes import RELEASED_TEXT_ENCODER
+from shared.memory.device_state import DeviceState
+from shared.memory.estimate import CONTEXT
+from shared.memory.modes import RECIPES, VramMode
 from shared.sampling_options import SamplingOptions
 from shared.system_proto import vram_mode_to_proto
 
@@ -92,8 +91,21 @@ def test_a_text_encoder_on_the_cpu_takes_nothing_of_the_gpu():
     assert combined_plan(plans, {}).total_bytes == 6 + 2
 
 
-def test_the_component_that_stays_is_the_estimates():
-    assert CONTEXT in estimate_text_encoder(RELEASED_TEXT_ENCODER, TextEncoderPlace.STREAMED).by_name
+def unlimited(total: int, device: str = "GPU-0") -> pb.MemoryPlan:
+    return pb.MemoryPlan(vram_mode=pb.VRAM_MODE_STANDARD, total_bytes=total, fits=True, device=device)
+
+
+def test_what_nothing_limits_fits_unless_the_device_is_too_small():
+    plans = {FUSION: unlimited(60), VAE: unlimited(50)}
+    free = combined_plan(plans, {})
+    assert free.fits and (free.total_bytes, free.available_bytes) == (110, 0)
+    small = combined_plan(plans, {"GPU-0": 100})
+    assert not small.fits and small.available_bytes == 100
+
+
+def test_a_stage_that_names_no_device_shares_fusions():
+    assert combined_plan({FUSION: unlimited(60), VAE: unlimited(50, "")}, {}).total_bytes == 110
+    assert combined_plan({FUSION: unlimited(60), VAE: unlimited(50, "GPU-1")}, {}).total_bytes == 60
 
 
 def device(name: str, uuid: str, free: int, own: int, others: int) -> DeviceState:

@@ -17,7 +17,8 @@ from ovi.common.v1 import system_pb2 as pb
 from ovi.common.v1 import system_pb2_grpc as pb_grpc
 from shared.errors import OutOfMemory
 from shared.grpc_server import CallInterceptor, Phase, Readiness
-from shared.memory.devices import Devices, DeviceState
+from shared.memory.device_state import DeviceState
+from shared.memory.devices import Devices
 from shared.memory.modes import VramMode
 from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.system_proto import device_from_proto, device_to_proto
@@ -49,7 +50,7 @@ async def serving(
     stage: Stage, *, interval_s: float = 0.05
 ) -> AsyncIterator[tuple[pb_grpc.SystemServiceStub, DeviceWatcher]]:
     watcher = DeviceWatcher(own_devices(Devices()), interval_s=interval_s)
-    service = system_service(watcher, stage.plan, stage.set_mode)
+    service = system_service(watcher, stage.plan, stage.set_mode, device="cpu")
     assert service.full_name == "ovi.common.v1.SystemService"
     readiness = Readiness([service.full_name])
     server = grpc.aio.server(interceptors=[CallInterceptor(readiness)])
@@ -103,6 +104,7 @@ def test_a_plan_is_the_stages():
             )
             answer = await stub.GetPlan(asked, timeout=TIMEOUT_S)
             assert (answer.plan.vram_mode, answer.plan.total_bytes) == (pb.VRAM_MODE_STREAMED, 11)
+            assert answer.plan.device == "cpu"
             await stub.GetPlan(pb.GetPlanRequest(), timeout=TIMEOUT_S)
             assert stage.wishes == [
                 PlanWish(VramMode.ULTRA_LOW, "960x960_5s", (64, 96)),
