@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.fusion.parallel.plan import PLAN_NAMES, ParallelPlan, choose_plan
+from services.fusion.parallel.plan import ParallelPlan, choose_plan
+from shared.allocations import ALLOCATIONS
 
 GIB = 1 << 30
 RELEASED_BYTES = 23_300_000_000
@@ -37,7 +38,7 @@ def test_named(name, ranks, hosts, degrees) -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "says"),
     [
-        ("multi_3", 3, f"no plan is called 'multi_3'; there are {', '.join(PLAN_NAMES)}"),
+        ("multi_3", 3, f"no plan is called 'multi_3'; there are {', '.join(ALLOCATIONS)}"),
         ("multi_4", 2, "the plan multi_4 is for 4 ranks, there are 2; auto takes any number"),
         ("single", 2, "the plan single is for 1 ranks, there are 2"),
         ("fsdp", 1, "at least 2 ranks"),

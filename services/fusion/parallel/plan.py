@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from shared.allocations import ALLOCATIONS, RANKS_OF, degrees
 
-PLAN_NAMES = ALLOCATIONS
 _WORKING_BYTES = 6 << 30
 """What a rank needs besides the weights: activations of the largest clip take 3.5 GiB on one GPU, the rest is spare."""
 
