@@ -20,7 +20,6 @@ from services.fusion.parallel.plan import ParallelPlan, choose_plan
 from services.fusion.servicer import FusionServicer
 from shared.allocations import ALLOCATIONS
 from shared.device_worker import DeviceWorker
-from shared.allocations import ALLOCATIONS
 from shared.errors import EXIT_BAD_CONFIG
 from shared.group.ranks import Ranks, end_torchrun, end_with_parent, join_group, rank_device
 from shared.grpc_server import GrpcService, serve
