@@ -12,17 +12,16 @@ from pathlib import Path
 from cli.errors import UsageProblem
 from shared.allocations import ALLOCATIONS, MAX_VAE_RANKS, RANKS_FOR_24_HEADS, RANKS_OF
 from shared.memory.choose import DeviceFacts
-from shared.memory.modes import RECIPES, VramMode, WeightFormat
+from shared.memory.modes import VramMode
 
 _LOOK_TIMEOUT_S = 60
 _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Of CUDA and of ROCm."""
 _LOOK = """
-import json, sys
+import dataclasses, json, sys
 from shared.memory.devices import Devices
-facts = ("name", "total_bytes", "free_bytes", "capability", "unified")
-gpus = [device for device in Devices().look() if device.backend != "cpu"]
-json.dump([{fact: getattr(gpu, fact) for fact in facts} for gpu in gpus], sys.stdout)
+facts = [device.facts for device in Devices().look()]
+json.dump([dataclasses.asdict(gpu) for gpu in facts if gpu is not None], sys.stdout)
 """
 
 
@@ -68,17 +67,14 @@ def parse_mode(wanted: str) -> VramMode:
     return VramMode(wanted)
 
 
-def require_plan(wanted: str, mode: VramMode) -> str:
+def require_plan(wanted: str) -> str:
     """The value of `--plan`.
 
     Raises:
-        UsageProblem: it is none, or cannot be had with this `--vram-mode`.
+        UsageProblem: it is none.
     """
     if wanted not in ALLOCATIONS:
         raise UsageProblem(f"--plan: got {wanted!r}, allowed is one of {', '.join(ALLOCATIONS)}")
-    recipe = RECIPES.get(mode)
-    if wanted == "fsdp" and recipe and (recipe.takes_turns or recipe.weights is not WeightFormat.NATIVE):
-        raise UsageProblem(f"--plan fsdp needs --vram-mode auto, standard or all_gpu, got {mode.value}")
     return wanted
 
 

@@ -23,7 +23,7 @@ TOKEN_CHUNKS = (None, 8192, 2048)
 """Video tokens at once, tried in this order; fewer take less memory and leave the GPU's units idle more often."""
 LATENT_FRAMES_PER_STEP = (2, 1)
 TILE_LATENT_SIDES = (32, 24, 16, 12, 8)
-"""512 to 128 pixels; tried last, since tiles are blended where they meet."""
+"""512 to 128 pixels; tried last, since what is around a tile is decoded with it."""
 _ALL_GPU_BYTES = 78 * 10**9
 """Cards sold as 80 GB tell a little less."""
 _PARTLY_RESIDENT = (VramMode.STREAMED, VramMode.FP8_OFFLOAD, VramMode.ULTRA_LOW)
@@ -223,8 +223,8 @@ def plan_vae(
     Raises:
         OutOfMemory: nothing fits; with the numbers.
     """
-    for layout in _vae_layouts(tiles=tiles):
-        components = estimate_vae(sizes, height, width, layout, ranks)
+    for layout in vae_layouts(tiles=tiles):
+        components = estimate_vae(sizes, height, width, layout, ranks, hosted=RECIPES[mode].takes_turns)
         if budget_bytes is None or components.reserved <= budget_bytes:
             return VaePlan(mode, layout, components, budget_bytes)
     assert budget_bytes is not None
@@ -232,12 +232,13 @@ def plan_vae(
     raise OutOfMemory(f"{need}, {gib(budget_bytes)} may be used; use a smaller size, or more GPUs")
 
 
-def least_vae(sizes: VaeSizes, height: int, width: int, *, ranks: int, tiles: bool) -> Components:
+def least_vae(sizes: VaeSizes, height: int, width: int, mode: VramMode, *, ranks: int, tiles: bool) -> Components:
     """What decoding takes at least; see `plan_vae`."""
-    return estimate_vae(sizes, height, width, _vae_layouts(tiles=tiles)[-1], ranks)
+    hosted = RECIPES[mode].takes_turns
+    return estimate_vae(sizes, height, width, vae_layouts(tiles=tiles)[-1], ranks, hosted=hosted)
 
 
-def _vae_layouts(*, tiles: bool) -> list[VaeLayout]:
+def vae_layouts(*, tiles: bool) -> list[VaeLayout]:
     """From the fastest to the one that takes least."""
     whole = [VaeLayout(frames, None) for frames in LATENT_FRAMES_PER_STEP]
     return whole + [VaeLayout(LATENT_FRAMES_PER_STEP[-1], side) for side in TILE_LATENT_SIDES if tiles]

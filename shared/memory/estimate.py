@@ -50,13 +50,19 @@ _ROPE_BYTES = 8
 _GATHERED_BLOCKS = 2
 """Of sharded weights, whole at a time: the one in use and the next one."""
 
-_CARRIED_BYTES_PER_PIXEL = 3300
-"""Of the decoder, per picture pixel of one frame: past frames, and what does not grow with the frames of a step."""
-_BYTES_PER_PIXEL_AND_LATENT_FRAME = 8010
-"""Of the decoder, per picture pixel and latent frame of a step, at the widest place of its last level."""
+TILE_REACH = 7
+"""Latent pixels around a tile that its pictures depend on; they are decoded with it. See VideoDecoder.reach."""
+_WHOLE_BYTES_PER_PIXEL = 250
+"""Of the decoder, per pixel of the whole picture: past frames of the attention and the first level."""
+_CARRIED_BYTES_PER_PIXEL = 3465
+"""Of the decoder, per pixel of a picture or a tile: past frames of the other levels."""
+_BYTES_PER_PIXEL_AND_LATENT_FRAME = 4700
+"""The same and per latent frame of a step: before the last level's first convolution, four frames of 256 channels for
+what the upsampler left (2), what goes around both levels (1 and 2) and what the convolution takes (4); a little more
+for pixels."""
 _DECODER_DIM = 256
 _DECODER_ITEMSIZE = 2
-"""Width and precision at which the two above were measured."""
+"""Width and precision at which the three above were counted; tests/unit/test_vae_memory.py counts again."""
 _SOUND_BYTES = 256 << 20
 """Activations of audio VAE and vocoder."""
 
@@ -226,7 +232,9 @@ def _widened(sizes: FusionSizes, weights: WeightFormat) -> int:
     return sizes.ffn_dim * sizes.dim * sizes.itemsize * (2 if weights is WeightFormat.FP8 else 1)
 
 
-def estimate_vae(sizes: VaeSizes, height: int, width: int, layout: VaeLayout, ranks: int = 1) -> Components:
+def estimate_vae(
+    sizes: VaeSizes, height: int, width: int, layout: VaeLayout, ranks: int = 1, *, hosted: bool = False
+) -> Components:
     """What a rank's process takes while it decodes pictures of height x width pixels and their sound.
 
     Args:
@@ -235,22 +243,28 @@ def estimate_vae(sizes: VaeSizes, height: int, width: int, layout: VaeLayout, ra
         width: of a picture.
         layout: of the work.
         ranks: that share a picture in stripes of full latent rows.
+        hosted: weights are on the device only where they are needed: first those of sound, then the decoder's.
     """
-    rows = -(-(height // PICTURE_SIDE) // ranks)
-    columns = width // PICTURE_SIDE
+    rows, columns = -(-(height // PICTURE_SIDE) // ranks), width // PICTURE_SIDE
+    whole = rows * columns * PICTURE_SIDE**2
     if layout.tile_latent_side is not None:
-        rows, columns = min(rows, layout.tile_latent_side), min(columns, layout.tile_latent_side)
+        rows, columns = (_tile_side(side, layout.tile_latent_side) for side in (rows, columns))
     pixels = rows * columns * PICTURE_SIDE**2
     per_pixel = _CARRIED_BYTES_PER_PIXEL + _BYTES_PER_PIXEL_AND_LATENT_FRAME * layout.latent_frames_per_step
     wider = sizes.decoder_dim * sizes.itemsize / (_DECODER_DIM * _DECODER_ITEMSIZE)
-    activations = int(pixels * per_pixel * wider)
-    return _with_context(
-        {
-            "weights": sizes.total_bytes,
-            "activations": activations + _SOUND_BYTES,
-            "workspaces": WORKSPACE_BYTES,
-        }
-    )
+    pictures = int((pixels * per_pixel + whole * _WHOLE_BYTES_PER_PIXEL) * wider)
+    sound = sizes.sound_bytes + _SOUND_BYTES
+    if hosted:
+        weights, activations = sizes.decoder_bytes, max(pictures, sound - sizes.decoder_bytes)
+    else:
+        weights = sizes.decoder_bytes + sizes.encoder_bytes + sizes.sound_bytes
+        activations = pictures + _SOUND_BYTES
+    return _with_context({"weights": weights, "activations": activations, "workspaces": WORKSPACE_BYTES})
+
+
+def _tile_side(side: int, tile_side: int) -> int:
+    """What is decoded of a picture's side for the largest of equal tiles of at most `tile_side`."""
+    return min(side, -(-side // -(-side // tile_side)) + 2 * TILE_REACH)
 
 
 def estimate_text_encoder(sizes: TextEncoderSizes, place: TextEncoderPlace) -> Components:

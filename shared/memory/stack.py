@@ -21,7 +21,7 @@ from shared.memory.choose import (
     plan_vae,
 )
 from shared.memory.estimate import CONTEXT_BYTES, Components, estimate_text_encoder, fusion_weight_bytes
-from shared.memory.modes import LOWER, RECIPES, TextEncoderPlace, VramMode, WeightFormat
+from shared.memory.modes import LOWER, RECIPES, TextEncoderPlace, VramMode
 from shared.memory.sizes import ClipShape, StackSizes
 
 FUSION, VAE, TEXT_ENCODER = "fusion", "vae", "text_encoder"
@@ -97,7 +97,7 @@ def plan_stack(
 
     Raises:
         OutOfMemory: nothing fits; with the numbers.
-        ValueError: weights are to be shared in a mode that cannot.
+        ValueError: the mode is for one GPU, and several are asked for.
     """
     # What others use changes all the time: by whole GiB, so that equal GPUs stay in order.
     emptiest = sorted(devices, key=lambda device: (-(device.free_bytes // 2**30), device.index))
@@ -110,7 +110,7 @@ def plan_stack(
                 return _explained(case.plan(), case, refused)
         refused += attempts[-1:]
     if not refused:
-        raise ValueError(f"{wish.mode.value}: weights can be shared where they stay as they are stored, on the device")
+        raise ValueError(f"{wish.mode.value} is for one GPU; with several, use standard or all_gpu")
     raise _refusal(refused[-1], wish)
 
 
@@ -161,7 +161,7 @@ def _spreads(wish: StackWish, mode: VramMode, num_devices: int) -> Iterator[_Spr
     recipe = RECIPES[mode]
     named = wish.mode is not VramMode.AUTO
     for allocation, num_gpus in _allocations(wish, mode, num_devices):
-        # What was named may be had at the price of slower prompts and blended tiles; AUTO has better on one GPU.
+        # What was named may be had at the price of slower prompts and pictures; AUTO has better on one GPU.
         places = [recipe.text_encoder] if not wish.text_encoder_on_cpu else []
         places += [TextEncoderPlace.CPU] if not places or named or num_gpus > 1 else []
         tiles = (True,) if recipe.takes_turns else (False, True) if named else (False,)
@@ -171,20 +171,18 @@ def _spreads(wish: StackWish, mode: VramMode, num_devices: int) -> Iterator[_Spr
 
 
 def _allocations(wish: StackWish, mode: VramMode, num_devices: int) -> list[tuple[str, int]]:
-    """(allocation, GPUs), best first."""
+    """(allocation, GPUs), best first; modes that take turns are for one GPU."""
     if wish.allocation in RANKS_OF:
-        return [(wish.allocation, RANKS_OF[wish.allocation])]
-    counts = [wish.num_gpus] if wish.num_gpus else [n for n in reversed(RANKS_FOR_24_HEADS) if n <= num_devices]
-    if RECIPES[mode].takes_turns and not wish.num_gpus:
-        # Every rank keeps a copy of the weights in host memory: for those to decide who know how much there is.
-        counts = [1]
+        counts = [RANKS_OF[wish.allocation]]
+    else:
+        counts = [wish.num_gpus] if wish.num_gpus else [n for n in reversed(RANKS_FOR_24_HEADS) if n <= num_devices]
+    single = [("single", count) for count in counts if count == 1 and wish.allocation != "fsdp"]
+    if RECIPES[mode].takes_turns:
+        return single
     several = [count for count in counts if count > 1]
-    can_share = not RECIPES[mode].takes_turns and RECIPES[mode].weights is WeightFormat.NATIVE
-    shared = [("fsdp", count) for count in several] if can_share else []
-    if wish.allocation == "fsdp":
-        return shared
-    whole = [(allocation_of(count), count) for count in several]
-    return [*whole, *shared, *(("single", count) for count in counts if count == 1)]
+    whole = [(allocation_of(count), count) for count in several if wish.allocation != "fsdp"]
+    shared = [("fsdp", count) for count in several if wish.allocation in ("auto", "fsdp")]
+    return [*whole, *shared, *single]
 
 
 @dataclass(frozen=True)
@@ -268,7 +266,7 @@ class _Case:
         in_host = spread.text_encoder is not TextEncoderPlace.RESIDENT
         total = self.sizes.text_encoder.total_bytes if in_host else 0
         if recipe.takes_turns:
-            total += spread.num_gpus * fusion_weight_bytes(self.sizes.fusion, recipe.weights)
+            total += fusion_weight_bytes(self.sizes.fusion, recipe.weights)
             total += spread.num_vae_gpus * self.sizes.vae.total_bytes
         return total
 
@@ -281,7 +279,7 @@ class _Case:
         ranks = self.spread.num_vae_gpus
         return {
             FUSION: least_fusion(self.sizes.fusion, self.clip.tokens, self.mode, **self._degrees()),
-            VAE: least_vae(self.sizes.vae, *self.picture, ranks=ranks, tiles=self.spread.tiles),
+            VAE: least_vae(self.sizes.vae, *self.picture, self.mode, ranks=ranks, tiles=self.spread.tiles),
             TEXT_ENCODER: estimate_text_encoder(self.sizes.text_encoder, self.spread.text_encoder),
         }
 
@@ -337,8 +335,11 @@ def _refusal(case: _Case, wish: StackWish) -> OutOfMemory:
     what = f"{case.mode.value} needs {need} on {case.devices[place].name} for {case.clip.name}, {there} may be used"
     for mode in LOWER[case.mode]:
         lower = replace(wish, mode=mode)
+        if RECIPES[mode].takes_turns:
+            lower = replace(lower, allocation="auto", num_gpus=None, num_vae_gpus=None)
         for spread in _spreads(lower, mode, len(case.devices)):
             other = replace(case, mode=mode, spread=spread)
             if other.fits:
-                return OutOfMemory(f"{what}; {mode.value} fits ({gib(other.least_bytes(place))})")
+                on_one = " on one GPU" if case.num_places > other.num_places else ""
+                return OutOfMemory(f"{what}; {mode.value} fits{on_one} ({gib(other.least_bytes(0))})")
     return OutOfMemory(f"{what}; no mode fits")

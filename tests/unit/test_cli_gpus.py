@@ -15,7 +15,6 @@ from services.fusion.model.config import RELEASED
 from services.fusion.parallel.plan import ParallelPlan
 from shared.errors import OutOfMemory
 from shared.memory.choose import DeviceFacts
-from shared.memory.modes import VramMode
 
 GIB = 2**30
 
@@ -120,10 +119,14 @@ def test_contradictions_are_refused(plan, gpus, device, says) -> None:
 
 def test_plans_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(UsageProblem, match="--plan: got 'multi_3', allowed is one of auto, single"):
-        require_plan("multi_3", VramMode.AUTO)
-    with pytest.raises(UsageProblem, match="--plan fsdp needs --vram-mode auto, standard or all_gpu, got fp8"):
-        require_plan("fsdp", VramMode.FP8)
-    assert require_plan("multi_4", VramMode.FP8) == "multi_4"
+        require_plan("multi_3")
+    for flags, said in (
+        (DeviceFlags("cpu", gpus="2", vram_mode="fp8"), "--vram-mode fp8 is for one GPU, got --gpus 2; with several"),
+        (DeviceFlags(plan="multi_4", vram_mode="streamed"), "--vram-mode streamed is for one GPU, got --plan multi_4"),
+        (DeviceFlags(plan="fsdp", vram_mode="ultra_low"), "--vram-mode ultra_low is for one GPU, got --plan fsdp"),
+    ):
+        with pytest.raises(UsageProblem, match=said):
+            check_flags(flags, cards(80, 80, 80, 80))
 
 
 def test_modes_that_cannot_be_had_are_refused() -> None:

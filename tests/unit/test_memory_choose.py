@@ -215,16 +215,15 @@ def test_where_several_are_asked_for_all_must_fit() -> None:
         OutOfMemory, match=r"standard needs \d+\.\d GiB on cuda:1 for 960x960_10s, 7\.8 GiB may be used"
     ):
         plan_stack(cards(79, 8), RELEASED, CLIPS, wish)
-    with pytest.raises(ValueError, match="fp8: weights can be shared where they stay"):
-        plan_stack(cards(79, 79), RELEASED, CLIPS, StackWish(VramMode.FP8, "fsdp"))
 
 
-def test_lossy_modes_may_be_spread_by_those_who_name_the_number() -> None:
+def test_modes_that_take_turns_are_for_one_gpu() -> None:
     devices = cards(23.5, 23.5)
-    assert plan_stack(devices, RELEASED, CLIPS, StackWish(VramMode.FP8)).devices[FUSION] == (0,)
-    plan = plan_stack(devices, RELEASED, CLIPS, StackWish(VramMode.FP8, num_gpus=2))
-    check_fits(plan, devices)
-    assert plan.allocation == "multi_2" and plan.host_bytes > 2 * 12 * GIB
+    for mode in (VramMode.FP8, *STREAMING):
+        plan = plan_stack(devices, RELEASED, CLIPS, StackWish(mode))
+        assert plan.devices[FUSION] == (0,) and plan.host_bytes > 11 * GIB
+        with pytest.raises(ValueError, match=f"{mode.value} is for one GPU"):
+            plan_stack(devices, RELEASED, CLIPS, StackWish(mode, num_gpus=2))
 
 
 def test_more_gpus_for_the_vae_than_for_fusion() -> None:

@@ -23,11 +23,9 @@ from services.vae.model.vocoder import Vocoder
 from services.vae.ops import FusedOps
 from shared.memory.estimate import (
     FusionLayout,
-    VaeLayout,
     block_bytes,
     estimate_fusion,
     estimate_text_encoder,
-    estimate_vae,
     fusion_weight_bytes,
 )
 from shared.memory.modes import TextEncoderPlace, WeightFormat
@@ -174,23 +172,6 @@ def test_measured_peaks_of_fusion(clip, layout, degrees, measured_gib) -> None:
         # Those runs recorded their steps, and their two passes went one after the other, with two tensors more.
         estimated += 2 * PROMPT_BYTES + 2 * tokens.video * 3072 * 2
     assert estimated / GIB == pytest.approx(measured_gib, rel=0.015)
-
-
-@pytest.mark.parametrize(
-    ("size", "ranks", "measured_gib"),
-    [
-        ((736, 704), 1, 10.85),
-        ((960, 960), 1, 18.11),
-        ((736, 704), 2, 6.24),
-        ((736, 704), 4, 3.80),
-        ((960, 960), 4, 5.75),
-    ],
-)
-def test_measured_peaks_of_the_decoder(size, ranks, measured_gib) -> None:
-    components = estimate_vae(RELEASED_VAE, *size, VaeLayout(2, None), ranks)
-    sound = RELEASED_VAE.sound_bytes + (256 << 20)
-    estimated = components.without("CUDA context", "allocator").total - sound
-    assert estimated / GIB == pytest.approx(measured_gib, rel=0.055)
 
 
 def test_a_text_encoder_on_the_cpu_takes_nothing() -> None:
