@@ -93,5 +93,5 @@ def test_no_tensors_are_no_bytes() -> None:
 
 
 def test_more_than_the_host_has_is_refused() -> None:
-    with pytest.raises(OutOfMemory, match="1048576.00 GiB of host memory cannot be had"):
+    with pytest.raises(OutOfMemory, match=r"1048576\.00 GiB of host memory cannot be had"):
         HostBuffer({"x": torch.empty(1 << 50, dtype=torch.uint8, device="meta")}, pin=False)
