@@ -21,6 +21,8 @@ from cli.interrupt import Interrupted, run_interruptible
 from cli.progress import job_view
 from cli.words import STAGES, STATE_STYLES, as_dict, describe_video, state_word
 from ovi.gateway.v1 import gateway_pb2 as pb
+from shared.memory.modes import RECIPES, VramMode
+from shared.system_proto import vram_mode_from_proto
 
 jobs_app = typer.Typer(help="List, show, watch, cancel, delete and download jobs of a gateway.", no_args_is_help=True)
 
@@ -180,6 +182,7 @@ def _print_job(job: pb.Job, as_json: bool) -> None:
             f" {options.audio_guidance_scale:g}, shift {options.flow_shift:g}, skipped block {options.slg_layer}"
         ),
         "step cache": _step_cache(job),
+        "memory": _memory(job),
         "created": _local_time(job.create_time.ToDatetime(UTC)),
         "stages": ", ".join(
             f"{name} {job.stage_seconds[key]:.1f} s" for key, name, _ in STAGES.values() if key in job.stage_seconds
@@ -200,6 +203,18 @@ def _step_cache(job: pb.Job) -> str:
     if not threshold:
         return ""
     return f"threshold {threshold:g}" + (f", {job.video.steps_reused} steps reused" if job.HasField("video") else "")
+
+
+def _memory(job: pb.Job) -> str:
+    """The mode that was asked for, if one was, and the one the clip was made in."""
+    asked, used = (
+        vram_mode_from_proto(mode, field="vram_mode") for mode in (job.parameters.vram_mode, job.video.vram_mode)
+    )
+    if used is VramMode.AUTO:
+        return "" if asked is VramMode.AUTO else f"{asked.value} asked for"
+    lossy = "" if RECIPES[used].lossless else ", lossy"
+    instead = f", instead of {asked.value}" if asked not in (VramMode.AUTO, used) else ""
+    return f"{used.value}{lossy}{instead}"
 
 
 def _seconds(job: pb.Job) -> float | None:

@@ -9,7 +9,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+from cli.main import app
 from ovi.common.v1 import generation_pb2
 from ovi.common.v1 import system_pb2 as system
 from ovi.gateway.v1 import gateway_pb2 as pb
@@ -71,6 +73,8 @@ def test_a_mode_goes_to_the_stages_and_comes_back_with_the_clip(gateway, stages)
     assert stages.fusion.next_call().request.vram_mode == system.VRAM_MODE_FP8
     assert stages.vae.decodes[-1].vram_mode == system.VRAM_MODE_FP8
     assert stages.vae.decodes[-1].provenance["vram_mode"] == "fp8"
+    shown = CliRunner().invoke(app, ["jobs", "show", job.id, "--server", gateway.service.address])
+    assert "fp8, lossy" in shown.output and "instead" not in shown.output
     with safe_open(gateway.data_dir / "artifacts" / job.id / "latents.safetensors", framework="pt") as kept:
         assert kept.metadata()["vram_mode"] == "fp8"
 
@@ -114,6 +118,8 @@ def test_a_lowered_mode_is_a_new_attempt_and_told_by_the_clip(gateway, stages):
     assert stages.vae.decodes[-1].provenance["vram_mode"] == "fp8_offload"
     (told,) = log_entries(gateway, "memory ran out; the denoise begins again")
     assert "29.0 GiB of 28.0" in str(told["reason"]) and told["vram_mode"] == "fp8_offload"
+    shown = CliRunner().invoke(app, ["jobs", "show", job.id, "--server", gateway.service.address])
+    assert shown.exit_code == 0 and "fp8_offload, lossy" in shown.output
     with httpx.Client(base_url=gateway.http_url, timeout=30) as http:
         assert "ovi_mode_lowered_total 1.0" in http.get("/metrics").text
 
