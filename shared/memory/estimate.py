@@ -30,17 +30,18 @@ ALLOCATOR_PART = 0.02
 _SCALE_BYTES = 4
 """Of a quantized row's scale."""
 _FP8_BYTES = 1
-_TOKENS_BEFORE_BLOCKS = 1
-"""The tokens that the stem made; the step keeps them until its end."""
-_FEED_FORWARD_TENSORS = 8
+_FEED_FORWARD_TENSORS = 7
 """Beside the hidden values, as the second product ends: the block's input, its state after self-attention and both
-norms of it, its state after cross attention, what that added, the normed input and the result."""
-_ATTENTION_TENSORS = 9
-"""Input, norm, q, k, v together, q and k normed and rotated, attended, projected."""
-_SHARED_SEQUENCE_TENSORS = 16
-"""The same with a sequence over several ranks, without the projection: besides, 3 sent, 3 received and 2 returned."""
-_SECOND_PASS_TENSORS = 2
-"""Of the other pass, which goes through each block right before or after: its tokens before and after the block."""
+norms of it, its state after cross attention, the normed input and the result."""
+_ATTENTION_TENSORS = 7
+"""Input, norm, q, k, v, and q and k normed and rotated: the most where the feed-forward is cut in pieces."""
+_SPREAD_ATTENTION_TENSORS = 15
+"""With the sequence over several ranks: input, norm, v as part of 3, q, k, 3 sent, 3 received, 1 made, 1 returned and 1
+put together."""
+_WHOLE_TENSORS = 1
+"""Then each rank embeds all tokens, and keeps them through the first block."""
+_SECOND_PASS_TENSORS = 1
+"""Of the other pass, which goes through each block right before or after."""
 _LATENT_COPIES = 5
 """Float32 latents at once: the step's, its predictions, what the solver remembers."""
 _LATENT_VALUES = 192
@@ -213,18 +214,20 @@ def _activations(
     row = sizes.dim * sizes.itemsize
     own = -(-clip.video // sequence_degree) + clip.audio
     whole = clip.video + clip.audio
-    at_once = own if layout.token_chunk is None else min(layout.token_chunk, own)
-    hidden = at_once * sizes.ffn_dim * sizes.itemsize
+    chunk = own if layout.token_chunk is None else min(layout.token_chunk, own)
+    hidden = chunk * sizes.ffn_dim * sizes.itemsize
     if layout.weights is WeightFormat.FP8:
-        hidden += at_once * sizes.ffn_dim * _FP8_BYTES
+        hidden += chunk * sizes.ffn_dim * _FP8_BYTES
     if layout.weights is not WeightFormat.NATIVE:
-        hidden = max(hidden, at_once * sizes.ffn_dim * sizes.itemsize + _widened(sizes, layout.weights))
-    attention = _SHARED_SEQUENCE_TENSORS if sequence_degree > 1 else _ATTENTION_TENSORS
-    inside = max(_FEED_FORWARD_TENSORS * own * row + hidden, attention * own * row)
+        hidden = max(hidden, chunk * sizes.ffn_dim * sizes.itemsize + _widened(sizes, layout.weights))
+    if chunk < own:
+        hidden += chunk * row  # the result of a chunk, before it is put among the others
+    inside = max(_FEED_FORWARD_TENSORS * own * row + hidden, _ATTENTION_TENSORS * own * row)
+    if sequence_degree > 1:
+        inside = max(inside, _SPREAD_ATTENTION_TENSORS * own * row + _WHOLE_TENSORS * whole * row)
     beside = _SECOND_PASS_TENSORS * (own_passes - 1) * own * row
-    kept = _TOKENS_BEFORE_BLOCKS * whole * row
-    kept += whole * (_LATENT_COPIES * _LATENT_VALUES * 4 + sizes.dim // sizes.num_heads // 2 * _ROPE_BYTES)
-    return inside + beside + kept
+    latents = whole * (_LATENT_COPIES * _LATENT_VALUES * 4 + sizes.dim // sizes.num_heads // 2 * _ROPE_BYTES)
+    return inside + beside + latents
 
 
 def _widened(sizes: FusionSizes, weights: WeightFormat) -> int:

@@ -143,34 +143,35 @@ def test_tokens_of_a_clip() -> None:
 NATIVE = FusionLayout(WeightFormat.NATIVE, 30, None, keep_ends=False)
 FP8 = dataclasses.replace(NATIVE, weights=WeightFormat.FP8)
 PROMPT_BYTES = 4 * 30 * 512 * 3072 * 2
+# benchmarks/results of 2026-11-21: most GiB allocated at once, without the context. The code of that day held more
+# (tokens, width) tensors of a rank at a time; the last column says how many.
 MEASURED = [
-    # benchmarks/results of 2026-11-21: most GiB allocated at once, without the context.
-    ("720x720_5s", NATIVE, (1, 1), 24.88),
-    ("960x960_5s", NATIVE, (1, 1), 26.16),
-    ("960x960_10s", NATIVE, (1, 1), 29.00),
-    ("720x720_5s", FP8, (1, 1), 16.57),
-    ("960x960_5s", FP8, (1, 1), 18.01),
-    ("960x960_10s", FP8, (1, 1), 21.21),
-    ("720x720_5s", NATIVE, (1, 2), 23.79),
-    ("960x960_5s", NATIVE, (1, 2), 24.79),
-    ("960x960_10s", NATIVE, (1, 2), 27.02),
-    ("720x720_5s", NATIVE, (2, 2), 23.31),
-    ("960x960_5s", NATIVE, (2, 2), 23.97),
-    ("960x960_10s", NATIVE, (2, 2), 25.44),
-    ("720x720_5s", NATIVE, (4, 1), 22.97),
-    ("960x960_5s", NATIVE, (4, 1), 23.36),
-    ("960x960_10s", NATIVE, (4, 1), 24.22),
+    ("720x720_5s", NATIVE, (1, 1), 24.88, 5),
+    ("960x960_5s", NATIVE, (1, 1), 26.16, 5),
+    ("960x960_10s", NATIVE, (1, 1), 29.00, 5),
+    ("720x720_5s", FP8, (1, 1), 16.57, 5),
+    ("960x960_5s", FP8, (1, 1), 18.01, 5),
+    ("960x960_10s", FP8, (1, 1), 21.21, 5),
+    ("720x720_5s", NATIVE, (1, 2), 23.79, 2),
+    ("960x960_5s", NATIVE, (1, 2), 24.79, 2),
+    ("960x960_10s", NATIVE, (1, 2), 27.02, 2),
+    ("720x720_5s", NATIVE, (2, 2), 23.31, 1),
+    ("960x960_5s", NATIVE, (2, 2), 23.97, 1),
+    ("960x960_10s", NATIVE, (2, 2), 25.44, 1),
+    ("720x720_5s", NATIVE, (4, 1), 22.97, 1),
+    ("960x960_5s", NATIVE, (4, 1), 23.36, 1),
+    ("960x960_10s", NATIVE, (4, 1), 24.22, 1),
 ]
 
 
-@pytest.mark.parametrize(("clip", "layout", "degrees", "measured_gib"), MEASURED)
-def test_measured_peaks_of_fusion(clip, layout, degrees, measured_gib) -> None:
+@pytest.mark.parametrize(("clip", "layout", "degrees", "measured_gib", "more"), MEASURED)
+def test_measured_peaks_of_fusion(clip, layout, degrees, measured_gib, more) -> None:
     tokens = CLIPS[clip]
     components = estimate_fusion(RELEASED_FUSION, tokens, layout, *degrees)
     estimated = components.without("CUDA context", "allocator", "recorded steps").total
+    estimated += more * tokens.video // degrees[0] * 3072 * 2
     if degrees == (1, 1):
-        # Those runs recorded their steps, and their two passes went one after the other, with two tensors more.
-        estimated += 2 * PROMPT_BYTES + 2 * tokens.video * 3072 * 2
+        estimated += 2 * PROMPT_BYTES  # those runs recorded their steps
     assert estimated / GIB == pytest.approx(measured_gib, rel=0.015)
 
 
