@@ -18,6 +18,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_TIMEOUT_S = 90.0
+WATCH_S = 5.0
+"""Of one watch; after each the process is looked at."""
 
 
 def free_port() -> int:
@@ -45,17 +47,18 @@ class ServiceProcess:
         """
         deadline_s = time.monotonic() + START_TIMEOUT_S
         with self.channel() as channel:
-            while not self._watch_until_serving(channel, deadline_s - time.monotonic()):
-                pass
+            while not self._watch_until_serving(channel):
+                assert self.process.poll() is None, f"the service ended: {self.log[-5:]}"
+                assert time.monotonic() < deadline_s, f"the service does not serve: {self.log[-5:]}"
 
-    def _watch_until_serving(self, channel: grpc.Channel, timeout_s: float) -> bool:
+    def _watch_until_serving(self, channel: grpc.Channel) -> bool:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True):
+            for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=WATCH_S, wait_for_ready=True):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return True
         except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAVAILABLE:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise
         return False
 

@@ -55,7 +55,7 @@ async def _run_owner(options: GatewayOptions) -> None:
     store = JobStore(database)
     tracker = JobTracker(store, metrics)
     clients = StageClients.connect(options.stages)
-    catalog = ModelCatalog(clients.fusion.describe)
+    catalog = ModelCatalog(clients.models)
     system = StackSystem(clients)
     watcher = DeviceWatcher(system.look)
     artifacts, images = Artifacts(options.data_dir / "artifacts"), ImageStore(options.data_dir / "images")
@@ -66,7 +66,7 @@ async def _run_owner(options: GatewayOptions) -> None:
     )
     work = JobWork(tracker, clients, catalog, artifacts, images, resolver, tensors, metrics, options.pipeline)
     pipeline = Pipeline(database, tracker, work, options.pipeline)
-    fitting = Fitting(clients.fusion.system.plan)
+    fitting = Fitting(clients.fusion_plan)
     engine = GatewayEngine(tracker, pipeline, catalog, fitting, artifacts, images, metrics)
     app = make_app(engine, clients, artifacts, metrics, phase, system, watcher)
     try:
@@ -132,8 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--advertise-host", default=None, help="name the stages use for this host (default: --data-host)")
     add("--producer-hosts", default="", help="comma-separated hosts, besides loopback, whose tensors are accepted")
     add("--text-encoder", default="127.0.0.1:50051", help="address of the text encoder (default: %(default)s)")
-    add("--fusion", default="127.0.0.1:50052", help="address of the fusion service (default: %(default)s)")
-    add("--vae", default="127.0.0.1:50053", help="address of the VAE service (default: %(default)s)")
+    add(
+        "--fusion",
+        default="127.0.0.1:50052",
+        help="address of the fusion service, or of several, comma-separated (default: %(default)s)",
+    )
+    add("--vae", default="127.0.0.1:50053", help="address of the VAE service, or of several (default: %(default)s)")
     add("--max-concurrent-jobs", type=int, default=3, help="jobs worked on at once (default: %(default)s)")
     add("--worker-wait-s", type=float, default=600.0, help="seconds a job waits for a stage (default: %(default)s)")
     add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
@@ -142,24 +146,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def main() -> None:
     """Parse flags and run."""
     parser = _parser()
     args = parser.parse_args()
     try:
         pipeline = PipelineOptions(args.max_concurrent_jobs, args.worker_wait_s, args.stage_timeout_s)
+        stages = StageAddresses(args.text_encoder, _listed(args.fusion), _listed(args.vae))
     except ValueError as error:
         parser.error(str(error))
-    extra = {host.strip() for host in args.producer_hosts.split(",") if host.strip()}
     options = GatewayOptions(
         listen=ListenConfig(args.host, args.grpc_port, args.grace_s),
         http_port=args.http_port,
         data_host=args.data_host,
         data_port=args.data_port,
         advertise_host=args.advertise_host or args.data_host,
-        producer_hosts=LOOPBACK_HOSTS | extra,
+        producer_hosts=LOOPBACK_HOSTS | set(_listed(args.producer_hosts)),
         data_dir=args.data_dir.absolute(),
-        stages=StageAddresses(args.text_encoder, args.fusion, args.vae),
+        stages=stages,
         pipeline=pipeline,
     )
     try:

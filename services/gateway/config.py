@@ -13,8 +13,16 @@ class StageAddresses:
     """host:port of every stage's gRPC service."""
 
     text_encoder: str
-    fusion: str
-    vae: str
+    fusion: tuple[str, ...]
+    """Of each replica, at least one."""
+    vae: tuple[str, ...]
+    """Of each replica, at least one."""
+
+    def __post_init__(self) -> None:
+        for name, addresses in (("fusion", self.fusion), ("vae", self.vae)):
+            if not addresses or len(set(addresses)) < len(addresses):
+                got = ",".join(addresses) or "nothing"
+                raise ValueError(f"--{name}: got {got}, allowed is one address or several different ones")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
 from services.gateway.config import StageAddresses
 from services.gateway.models import ModelInfo
+from services.gateway.replicas import Replicas
 from shared.errors import DeadlineExceeded, Unavailable
 from shared.generation_proto import prompt_format_from_proto, prompt_format_to_proto
 from shared.grpc_client import REQUEST_ID_KEY, error_of
@@ -251,31 +252,54 @@ class VaeClient:
 
 @dataclass(frozen=True)
 class StageClients:
-    """All three stages."""
+    """All three stages, those that may have several workers with all of them."""
 
     text_encoder: TextEncoderClient
-    fusion: FusionClient
-    vae: VaeClient
+    fusion: Replicas[FusionClient]
+    vae: Replicas[VaeClient]
 
     @classmethod
     def connect(cls, addresses: StageAddresses) -> StageClients:
         """Clients of these addresses; the connections are made at the first calls."""
-        return cls(TextEncoderClient(addresses.text_encoder), FusionClient(addresses.fusion), VaeClient(addresses.vae))
+        fusion, vae = map(FusionClient, addresses.fusion), map(VaeClient, addresses.vae)
+        return cls(TextEncoderClient(addresses.text_encoder), Replicas(list(fusion)), Replicas(list(vae)))
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """The variants of the first fusion service that answers.
+
+        Raises:
+            OviError: none answers.
+        """
+        return (await self.fusion.of_all(FusionClient.describe))[0]
+
+    async def fusion_plan(self, request: system_pb2.GetPlanRequest) -> system_pb2.MemoryPlan:
+        """What something would take on a fusion service, on one where it fits if there is any.
+
+        Raises:
+            OviError: none answers.
+        """
+        plans = await self.fusion.of_all(lambda worker: worker.system.plan(request))
+        return max(plans, key=lambda plan: plan.fits)
 
     async def health(self) -> dict[str, str]:
-        """What each stage's health service says: SERVING, NOT_SERVING or UNREACHABLE."""
-        names = [client.name for client in self._all]
-        answers = await asyncio.gather(*(_health(client.channel) for client in self._all))
-        return dict(zip(names, answers, strict=True))
+        """What each stage's health service says: SERVING, NOT_SERVING or UNREACHABLE; one that serves is enough."""
+        names = [client.name for client in self.all]
+        answers = await asyncio.gather(*(_health(client.channel) for client in self.all))
+        told: dict[str, str] = {}
+        for name, answer in zip(names, answers, strict=True):
+            if told.get(name) != "SERVING":
+                told[name] = answer
+        return told
 
     async def close(self) -> None:
         """Close the connections."""
-        closing: list[Awaitable[None]] = [client.channel.close() for client in self._all]
+        closing: list[Awaitable[None]] = [client.channel.close() for client in self.all]
         await asyncio.gather(*closing)
 
     @property
-    def _all(self) -> tuple[TextEncoderClient, FusionClient, VaeClient]:
-        return (self.text_encoder, self.fusion, self.vae)
+    def all(self) -> tuple[TextEncoderClient | FusionClient | VaeClient, ...]:
+        """Every worker."""
+        return (self.text_encoder, *self.fusion.workers, *self.vae.workers)
 
 
 async def _health(channel: grpc.aio.Channel) -> str:

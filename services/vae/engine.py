@@ -9,7 +9,9 @@ import contextlib
 import errno
 import hashlib
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +24,21 @@ from PIL import Image
 
 from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
 from services.vae.config import WEIGHT_FILES, VaeOptions
-from services.vae.model.audio_vae import AudioVae
+from services.vae.memory import VaeMemory, explain, largest_picture
+from services.vae.model.video_layers import Window
 from services.vae.model.video_vae import VideoVae
-from services.vae.model.vocoder import Vocoder
 from services.vae.mp4 import ClipWriter, num_clip_samples
+from services.vae.networks import Networks
 from services.vae.ops import select_ops
+from services.vae.tiles import cut_tiles, decode_tiled
 from shared.checkpoints import file_fingerprint
-from shared.device_memory import peak_gib, reset_peak
+from shared.device_memory import freed, peak_gib, reset_peak
 from shared.errors import DiskFull
 from shared.logging import get_logger
+from shared.memory.choose import VaePlan
+from shared.memory.estimate import VaeLayout
+from shared.memory.modes import RECIPES, VramMode
+from shared.memory.sizes import RELEASED_VAE
 from shared.shapes import AUDIO_LATENT_CHANNELS, VIDEO_LATENT_CHANNELS, VideoLatentShape
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
 
@@ -39,8 +47,9 @@ log = get_logger(__name__)
 _WARM_UP_SHAPE = (3, 44, 44)
 """Latent frames, rows and columns: one step of the network of each length that it makes."""
 
-PictureSource = Callable[[torch.Tensor], Iterator[torch.Tensor]]
-"""From a normalised latent (48, F, h, w) to its pictures (f, 16h, 16w, 3), levels 0 to 255, on the device."""
+PictureSource = Callable[[torch.Tensor, int], Iterator[torch.Tensor]]
+"""From a normalised latent (48, F, h, w) to its pictures (f, 16h, 16w, 3), levels 0 to 255, on the device; so many
+latent frames at a time."""
 
 
 @dataclass(frozen=True)
@@ -62,34 +71,35 @@ class ClipWritten:
 
 
 class VaeEngine:
-    """The three networks on one device."""
+    """The networks on one device, in one memory mode. All methods but `plan` are called on the device's thread."""
 
     def __init__(
         self,
-        video_vae: VideoVae,
-        audio_vae: AudioVae,
-        vocoder: Vocoder,
+        networks: Networks,
         *,
-        chunk_latent_frames: int,
-        fingerprint: str,
+        chunk_latent_frames: int = 1,
+        fingerprint: str = "",
         pictures: PictureSource | None = None,
+        memory: VaeMemory | None = None,
+        mode: VramMode = VramMode.STANDARD,
     ) -> None:
         """
         Args:
-            video_vae: on the device, in the precision of its arithmetic.
-            audio_vae: on the device, float32.
-            vocoder: on the device, float32.
+            networks: on the device.
             chunk_latent_frames: latent frames whose pictures are handed over together; see VaeOptions.
             fingerprint: of the weight files.
-            pictures: how `video_vae` decodes, if not alone.
+            pictures: how the video VAE decodes, if not alone.
+            memory: plans for the device; None: nothing limits its memory.
+            mode: in which work is done that does not say; not AUTO.
         """
-        self._video_vae = video_vae
-        self._pictures = pictures or (lambda latent_CFHW: video_vae.decode(latent_CFHW, torch.uint8))
-        self._audio_vae = audio_vae
-        self._vocoder = vocoder
-        self._device = next(vocoder.parameters()).device
+        self._networks = networks
+        self._pictures = pictures
+        self._device = networks.device
+        self._memory = memory or VaeMemory(self._device, RELEASED_VAE, None)
         self._chunk_latent_frames = chunk_latent_frames
         self.fingerprint = fingerprint
+        self.mode = mode
+        """In which work is done that does not say."""
 
     @property
     def peak_device_gib(self) -> float | None:
@@ -97,27 +107,67 @@ class VaeEngine:
         return peak_gib(self._device)
 
     @classmethod
-    def load(cls, options: VaeOptions, spread: Callable[[VideoVae], PictureSource] | None = None) -> VaeEngine:
-        """Read the three weight files onto the device.
+    def load(
+        cls,
+        options: VaeOptions,
+        spread: Callable[[VideoVae], PictureSource] | None = None,
+        memory: VaeMemory | None = None,
+    ) -> VaeEngine:
+        """Read the three weight files.
 
         Args:
             options: flags of the service.
             spread: makes the video VAE's decoding that of several ranks; None: it decodes alone.
+            memory: plans for the device; None: by the flags.
 
         Raises:
             CheckpointError: one is missing, damaged or does not fit; names the file.
+            OutOfMemory: the mode takes more than there is, or every mode does.
+            InvalidRequest: the mode is not for this device, or not for several.
         """
         stage = options.stage
         digest = hashlib.sha256("".join(file_fingerprint(stage.checkpoints / file) for file in WEIGHT_FILES).encode())
-        video_vae = load_decoding(options)
-        return cls(
-            video_vae,
+        memory = memory or VaeMemory.of(options)
+        mode = memory.settle(stage.vram_mode)
+        size = largest_picture()
+        log.info("memory mode", plan=explain(memory.plan(mode, *size), *size))
+        networks = Networks(
+            load_decoding(options),
             load_audio_vae(stage.checkpoints / AUDIO_VAE_FILE, stage.device),
             load_vocoder(stage.checkpoints / VOCODER_FILE, stage.device),
+        )
+        engine = cls(
+            networks,
             chunk_latent_frames=options.chunk_latent_frames,
             fingerprint=digest.hexdigest()[:16],
-            pictures=None if spread is None else spread(video_vae),
+            pictures=None if spread is None else spread(networks.video_vae),
+            memory=memory,
         )
+        engine.set_mode(mode)
+        return engine
+
+    def plan(self, mode: VramMode, height: int, width: int) -> VaePlan:
+        """How pictures of height x width pixels are decoded; `mode` may be AUTO: the present one.
+
+        Raises:
+            OutOfMemory: they do not fit; with the numbers.
+            InvalidRequest: the mode is not for this device, or not for several.
+        """
+        return self._memory.plan(self.mode if mode is VramMode.AUTO else mode, height, width)
+
+    def set_mode(self, mode: VramMode) -> None:
+        """Make a mode the present one, and move the weights where it wants them.
+
+        Args:
+            mode: AUTO: the best in which the largest usual picture fits.
+
+        Raises:
+            OutOfMemory: it does not fit; nothing has changed. As for the next.
+            InvalidRequest: it is not for this device, or not for several.
+        """
+        mode = self._memory.settle(mode)
+        with self._turn(self.plan(mode, *largest_picture())):
+            self.mode = mode
 
     def warm_up(self) -> None:
         """Decode a moment of picture and sound, so that no clip waits for kernels to be compiled; on CUDA only."""
@@ -130,24 +180,37 @@ class VaeEngine:
         log.info("warmed up", seconds=round(time.perf_counter() - start, 3))
 
     def encode_image(self, frame_HWC: NDArray[np.uint8]) -> torch.Tensor:
-        """The normalised latent (48, 1, H/16, W/16), float32 on the CPU, of one RGB frame; see `cover_frame`."""
-        pixels_HWC = torch.from_numpy(frame_HWC).to(self._device)
-        pixels_BCFHW = pixels_HWC.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
-        return self._video_vae.encode(pixels_BCFHW)[0].cpu()
+        """The normalised latent (48, 1, H/16, W/16), float32 on the CPU, of one RGB frame; see `cover_frame`.
 
-    def decode_video(self, latent_CFHW: torch.Tensor) -> Iterator[NDArray[np.uint8]]:
-        """RGB frames (f, 16H, 16W, 3) of a normalised latent, chunk by chunk, on the host."""
-        pictures = self._pictures(latent_CFHW.to(self._device))
-        if self._device.type == "cuda":
-            pictures = _copied_to_host(pictures, self._device)
-        for levels_FHWC in self._video_vae.regroup(pictures, self._chunk_latent_frames):
-            yield levels_FHWC.numpy()
+        Raises:
+            OutOfMemory: with the numbers.
+        """
+        with self._turn(self.plan(self.mode, *frame_HWC.shape[:2])), self._networks.encoding():
+            pixels_HWC = torch.from_numpy(frame_HWC).to(self._device)
+            pixels_BCFHW = pixels_HWC.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
+            return self._networks.video_vae.encode(pixels_BCFHW)[0].cpu()
+
+    def decode_video(self, latent_CFHW: torch.Tensor, mode: VramMode = VramMode.AUTO) -> Iterator[NDArray[np.uint8]]:
+        """RGB frames (f, 16H, 16W, 3) of a normalised latent, chunk by chunk, on the host; a chunk may be empty.
+
+        Args:
+            latent_CFHW: the latent.
+            mode: AUTO: the present one.
+
+        Raises:
+            OutOfMemory: they do not fit, or memory ran out in the next smaller layout, too; with the numbers.
+        """
+        with self._turn(plan := self._plan_of(latent_CFHW, mode)):
+            yield from self._decode_video(latent_CFHW, plan)
 
     def decode_audio(self, latent_SC: torch.Tensor) -> NDArray[np.float32]:
-        """Mono samples in [-1, 1] at 16 kHz, 512 for each row of a latent (S, 20)."""
-        latent_BCL = latent_SC.to(self._device, torch.float32).T[None]
-        samples: NDArray[np.float32] = self._vocoder(self._audio_vae.decode(latent_BCL))[0].cpu().numpy()
-        return samples
+        """Mono samples in [-1, 1] at 16 kHz, 512 for each row of a latent (S, 20).
+
+        Raises:
+            OutOfMemory: with the numbers.
+        """
+        with self._turn(self.plan(self.mode, *largest_picture())):
+            return self._decode_audio(latent_SC)
 
     def spool_video(self, latent_CFHW: torch.Tensor, file: BinaryIO) -> Iterator[int]:
         """Append raw frames to `file`; yields the bytes readable so far after each chunk.
@@ -156,38 +219,48 @@ class VaeEngine:
 
         Raises:
             DiskFull: the disk is full.
+            OutOfMemory: see `decode_video`.
         """
         size = 0
         for frames_FHWC in self.decode_video(latent_CFHW):
             with _disk_full_is_exhaustion():
-                size += file.write(frames_FHWC.data)
+                size += file.write(frames_FHWC.data) if len(frames_FHWC) else 0
                 file.flush()
             yield size
 
     def decode_clip(
-        self, video_CFHW: torch.Tensor, audio_SC: torch.Tensor, provenance: Mapping[str, str], path: Path
+        self,
+        video_CFHW: torch.Tensor,
+        audio_SC: torch.Tensor,
+        provenance: Mapping[str, str],
+        path: Path,
+        mode: VramMode = VramMode.AUTO,
     ) -> Iterator[ClipProgress | ClipWritten]:
         """Write the clip of both latents to `path`; progress after each chunk, then ClipWritten.
 
-        Sound is decoded at the same time as the pictures, on a thread and a stream of its own, and a chunk is encoded
-        on another thread while the device works at the next. Sound is cut or padded with silence to the length of the
-        video.
+        Where weights stay on the device, sound is decoded at the same time as the pictures, on a thread and a stream of
+        its own, else before them. A chunk is encoded on another thread while the device works at the next. Sound is cut
+        or padded with silence to the length of the video.
 
         Raises:
             DiskFull: the disk is full.
+            OutOfMemory: see `decode_video`.
         """
         reset_peak(self._device)
         shape = VideoLatentShape(*video_CFHW.shape[1:])
         with contextlib.ExitStack() as stack:
             stack.enter_context(_disk_full_is_exhaustion())
+            stack.enter_context(self._turn(plan := self._plan_of(video_CFHW, mode)))
             sound_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sound"))
             sound = sound_thread.submit(self._decode_sound, audio_SC, num_clip_samples(shape.num_frames))
+            if self._networks.hosted:
+                futures.wait([sound])
             writer = stack.enter_context(
                 ClipWriter(path, height=shape.pixel_height, width=shape.pixel_width, provenance=provenance)
             )
             encoder = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="mp4"))
             encoding: Future[None] | None = None
-            for frames_FHWC in self.decode_video(video_CFHW):
+            for frames_FHWC in self._decode_video(video_CFHW, plan):
                 if encoding is not None:
                     encoding.result()
                     yield ClipProgress(writer.num_frames, shape.num_frames)
@@ -198,11 +271,82 @@ class VaeEngine:
         yield ClipProgress(writer.num_frames, shape.num_frames)
         yield ClipWritten(writer.num_frames, shape.pixel_height, shape.pixel_width, writer.num_samples)
 
+    def _plan_of(self, latent_CFHW: torch.Tensor, mode: VramMode) -> VaePlan:
+        shape = VideoLatentShape(*latent_CFHW.shape[1:])
+        return self.plan(mode, shape.pixel_height, shape.pixel_width)
+
+    @contextlib.contextmanager
+    def _turn(self, plan: VaePlan) -> Iterator[None]:
+        """The weights are where the plan's mode wants them; afterwards the device is left to others as far as it says.
+
+        Raises:
+            OutOfMemory: instead of PyTorch's own error; with the numbers.
+        """
+        hosted = RECIPES[plan.mode].takes_turns
+        try:
+            self._networks.place(hosted=hosted)
+            yield
+        except torch.OutOfMemoryError as error:
+            raise self._memory.ran_out(plan, _let_go(error)) from None
+        finally:
+            if hosted or plan.mode is VramMode.ALL_GPU:
+                log.info("memory freed", mode=plan.mode.value, **freed(self._device))
+
+    def _decode_video(self, latent_CFHW: torch.Tensor, plan: VaePlan) -> Iterator[NDArray[np.uint8]]:
+        with self._networks.decoding():
+            pictures = self._decode_in_any_layout(latent_CFHW.to(self._device), plan)
+            for levels_FHWC in self._networks.video_vae.regroup(pictures, self._chunk_latent_frames):
+                yield levels_FHWC.numpy()
+
+    def _decode_in_any_layout(self, latent_CFHW: torch.Tensor, plan: VaePlan) -> Iterator[torch.Tensor]:
+        """Levels on the host, step by step. If memory runs out it is begun again, once, in the next smaller layout."""
+        given = 0
+        smaller = self._memory.smaller(plan.layout)
+        try:
+            for levels_FHWC in self._decode_in(plan.layout, latent_CFHW):
+                given += len(levels_FHWC)
+                yield levels_FHWC
+            return
+        except torch.OutOfMemoryError as error:
+            if smaller is None:
+                raise
+            reason = _let_go(error)
+        freed(self._device)
+        log.warning("memory ran out; the clip is begun again", layout=plan.layout, smaller=smaller, reason=reason)
+        seen = 0
+        for levels_FHWC in self._decode_in(smaller, latent_CFHW):
+            yield levels_FHWC[max(0, given - seen) :]
+            seen += len(levels_FHWC)
+
+    def _decode_in(self, layout: VaeLayout, latent_CFHW: torch.Tensor) -> Iterator[torch.Tensor]:
+        vae = self._networks.video_vae
+        per_step = min(layout.latent_frames_per_step, vae.decoder.ops.latent_frames_per_step)
+
+        def decode(window: Window | None = None) -> Iterator[torch.Tensor]:
+            if self._pictures is not None:
+                pictures = self._pictures(latent_CFHW, per_step)
+            else:
+                pictures = vae.decode(latent_CFHW, torch.uint8, window=window, latent_frames_per_step=per_step)
+            return _copied_to_host(pictures, self._device) if self._device.type == "cuda" else pictures
+
+        if layout.tile_latent_side is None:
+            return decode()
+        shape = VideoLatentShape(*latent_CFHW.shape[1:])
+        tiles = cut_tiles(shape.height, shape.width, layout.tile_latent_side, vae.decoder.reach)
+        return decode_tiled(decode, tiles, shape)
+
+    def _decode_audio(self, latent_SC: torch.Tensor) -> NDArray[np.float32]:
+        networks = self._networks
+        with networks.sounding():
+            latent_BCL = latent_SC.to(self._device, torch.float32).T[None]
+            samples: NDArray[np.float32] = networks.vocoder(networks.audio_vae.decode(latent_BCL))[0].cpu().numpy()
+        return samples
+
     def _decode_sound(self, audio_SC: torch.Tensor, num_samples: int) -> NDArray[np.float32]:
         if self._device.type != "cuda":
-            return fit_length(self.decode_audio(audio_SC), num_samples)
+            return fit_length(self._decode_audio(audio_SC), num_samples)
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
-            return fit_length(self.decode_audio(audio_SC), num_samples)
+            return fit_length(self._decode_audio(audio_SC), num_samples)
 
 
 def load_decoding(options: VaeOptions) -> VideoVae:
@@ -216,6 +360,12 @@ def load_decoding(options: VaeOptions) -> VideoVae:
     torch.backends.cudnn.allow_tf32 = False
     ops = select_ops(stage.device, options.kernels)
     return load_video_vae(stage.checkpoints / VIDEO_VAE_FILE, stage.device, stage.precision, ops=ops)
+
+
+def _let_go(error: torch.OutOfMemoryError) -> str:
+    """Why memory ran out, in the allocator's words. What the frames of the error hold would live as long as it does."""
+    traceback.clear_frames(error.__traceback__)
+    return str(error).splitlines()[0]
 
 
 def _copied_to_host(pictures: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:

@@ -16,11 +16,9 @@ _POLL_S = 0.02
 """Between two looks; `flock` tells nobody when a lock is free."""
 
 
-def device_key(device: torch.device) -> str:
-    """What names a device alike in every process of this host."""
-    if device.type != "cuda":
-        return device.type
-    return str(torch.cuda.get_device_properties(device).uuid)
+def device_key(device: torch.device) -> str | None:
+    """What names a device alike in every process of this host; None for a CPU, which stages share without turns."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 class DeviceTurns:
@@ -30,23 +28,26 @@ class DeviceTurns:
     one before a stage that waited.
     """
 
-    def __init__(self, key: str, folder: Path | None = None) -> None:
+    def __init__(self, key: str | None, folder: Path | None = None) -> None:
         """
         Args:
-            key: of the device, see `device_key`.
+            key: of the device, see `device_key`; None: every turn can be had at once.
             folder: for the lock files, the same for all stages; None: one of the user's in the temporary folder.
         """
         folder = folder or Path(tempfile.gettempdir()) / f"ovi-turns-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._next, self._now = (folder / f"{key}.{name}" for name in ("next", "now"))
+        self._locks = None if key is None else (folder / f"{key}.next", folder / f"{key}.now")
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Wait for the device and have it within; leaving early gives up the waiting place."""
+        if self._locks is None:
+            yield
+            return
+        waiting_place, device = self._locks
         async with contextlib.AsyncExitStack() as having:
-            async with contextlib.AsyncExitStack() as waiting:
-                await waiting.enter_async_context(_locked(self._next))
-                await having.enter_async_context(_locked(self._now))
+            async with _locked(waiting_place):
+                await having.enter_async_context(_locked(device))
             yield
 
 

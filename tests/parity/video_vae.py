@@ -46,5 +46,6 @@ def _load(file: GoldenFile) -> VideoVae:
         )
 
 
-def _decode(vae: VideoVae, latent: torch.Tensor, chunk_latent_frames: int) -> torch.Tensor:
-    return torch.cat(list(vae.decode_chunks(latent, chunk_latent_frames=chunk_latent_frames)), dim=2)
+def _decode(vae: VideoVae, latent_BCFHW: torch.Tensor, chunk_latent_frames: int) -> torch.Tensor:
+    pictures = vae.regroup(vae.decode(latent_BCFHW[0], vae.dtype), chunk_latent_frames)
+    return torch.cat(list(pictures)).permute(3, 0, 1, 2)[None]

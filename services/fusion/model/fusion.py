@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple, cast
 
 import torch
@@ -72,15 +73,19 @@ class Pass(NamedTuple):
     """In order, each to be called when it comes; None: left out, which the first one never is."""
 
 
-BlockLoop = Callable[[Sequence[Pass]], list[Tokens]]
-"""Makes the passes of a step; the tokens of each after its last block."""
+BlockLoop = Callable[[list[Pass]], list[Tokens]]
+"""Makes the passes of a step, which it takes out of the list; the tokens of each after its last block."""
 
 
-def run_all(passes: Sequence[Pass]) -> list[Tokens]:
+def run_all(passes: list[Pass]) -> list[Tokens]:
     """The plain BlockLoop: every pass goes through a block before the next block is needed."""
-    tokens = [each.tokens for each in passes]
-    for calls in zip(*(each.blocks for each in passes), strict=True):
-        tokens = [mine if call is None else call(mine) for call, mine in zip(calls, tokens, strict=True)]
+    tokens, blocks = [each.tokens for each in passes], [each.blocks for each in passes]
+    passes.clear()  # so that nothing holds the first tokens any more
+    # Not zip: it keeps the first calls until the third come, and with them the half block that they share.
+    while calls := [call for each in blocks for call in islice(each, 1)]:
+        for index, call in enumerate(calls):
+            if call is not None:
+                tokens[index] = call(tokens[index])
     return tokens
 
 
@@ -327,7 +332,7 @@ class FusionModel(nn.Module):
         if len(branches) > 1 and self.shares_first_half:
             half = cast("FusedBlock", self.fused_blocks[0]).begin(*tokens, *streams, ops.together)
         passes = [Pass(tokens, self._block_calls(branch, streams, ops.together, half)) for branch in branches]
-        del half  # the passes let go of it after their first block
+        del half, tokens  # the passes let go of them after their first block
         return [
             (self.video_model.head(video_TD, time.video_RD, clean), self.audio_model.head(audio_SD, time.audio_RD, 0))
             for video_TD, audio_SD in run_blocks(passes)

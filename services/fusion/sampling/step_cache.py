@@ -6,7 +6,7 @@ guidance branches and all ranks follow one decision a step, since each of them r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -66,13 +66,15 @@ class StepCache:
         """Before a step; the first step of a run must compute."""
         self._must_compute = must_compute
 
-    def run(self, passes: Sequence[Pass]) -> list[Tokens]:
+    def run(self, passes: list[Pass]) -> list[Tokens]:
         """The BlockLoop."""
+        before, blocks = passes[0].tokens, [each.blocks for each in passes]
         first = run_all([Pass(each.tokens, islice(each.blocks, 1)) for each in passes])
-        self._decide(_minus(first[0], passes[0].tokens))
+        passes.clear()
+        self._decide(_minus(first[0], before))
         if self.reused:
             return [_plus(tokens, added) for tokens, added in zip(first, self._rest_added, strict=True)]
-        last = run_all([Pass(tokens, each.blocks) for tokens, each in zip(first, passes, strict=True)])
+        last = run_all([Pass(tokens, rest) for tokens, rest in zip(first, blocks, strict=True)])
         self._rest_added = [_minus(after, before) for after, before in zip(last, first, strict=True)]
         return last
 

@@ -197,7 +197,7 @@ class VideoDecoder:
         self._feed(flow, following, carried)
 
     def _level(self, level: Level, flow: _Flow, following: Causal, carried: Carried) -> None:
-        begun_FHWC = None if level.upsampler is None else flow.x_FHWC
+        begun_FHWC: Any = None if level.upsampler is None else flow.x_FHWC
         after_last = following if level.upsampler is None else None
         followers = [*(block.first for block in level.residuals[1:]), after_last]
         for block, follower in zip(level.residuals, followers, strict=True):

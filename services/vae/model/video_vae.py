@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import nn
 
 from services.vae.model.video_decoder import VideoDecoder
-from services.vae.model.video_layers import PIXEL_CHANNELS, Stripe
+from services.vae.model.video_layers import PIXEL_CHANNELS, Stripe, Window
 
 # fmt: off
 LATENT_MEAN = (
@@ -146,7 +146,13 @@ class VideoVae(nn.Module):
         return (mean_BCFHW - self.mean_C111) / self.std_C111
 
     def decode(
-        self, latent_CFHW: torch.Tensor, dtype: torch.dtype, stripe: Stripe | None = None
+        self,
+        latent_CFHW: torch.Tensor,
+        dtype: torch.dtype,
+        stripe: Stripe | None = None,
+        *,
+        window: Window | None = None,
+        latent_frames_per_step: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Pictures (f, 16H, 16W, 3), as many at a time as the decoder makes together; see `VideoDecoder.stream`.
 
@@ -156,27 +162,26 @@ class VideoVae(nn.Module):
             latent_CFHW: normalised.
             dtype: of the pictures: torch.uint8 for levels 0 to 255, else values in [-1, 1].
             stripe: which rows `latent_CFHW` holds, if not the whole picture.
+            window: part of the picture to make, if not all of it.
+            latent_frames_per_step: if not that of the operations.
         """
         latent_CFHW = (latent_CFHW.float() * self.std_C111 + self.mean_C111).to(self.dtype)
-        return self.decoder.stream(latent_CFHW.permute(1, 2, 3, 0).contiguous(), dtype, stripe)
-
-    def decode_chunks(self, latent_BCFHW: torch.Tensor, *, chunk_latent_frames: int) -> Iterator[torch.Tensor]:
-        """Pixels (1, 3, f, 16H, 16W) in [-1, 1] of one normalised latent, `chunk_latent_frames` latent frames a chunk.
-
-        Raises:
-            ValueError: several latents.
-        """
-        if len(latent_BCFHW) != 1:
-            raise ValueError(f"got {len(latent_BCFHW)} latents, one is decoded at a time")
-        for pixels_FHWC in self.regroup(self.decode(latent_BCFHW[0], self.dtype), chunk_latent_frames):
-            yield pixels_FHWC.permute(3, 0, 1, 2)[None]
+        latent_FHWC = latent_CFHW.permute(1, 2, 3, 0).contiguous()
+        return self.decoder.stream(
+            latent_FHWC, dtype, stripe, window=window, latent_frames_per_step=latent_frames_per_step
+        )
 
     def regroup(self, pictures: Iterable[torch.Tensor], chunk_latent_frames: int) -> Iterator[torch.Tensor]:
-        """The same pictures (f, ...), those of `chunk_latent_frames` latent frames at a time, the last fewer."""
+        """The same pictures (f, ...), those of `chunk_latent_frames` latent frames at a time, the last fewer.
+
+        Empty ones are handed on, so that whoever waits for pictures sees that there is progress.
+        """
         every = chunk_latent_frames * self.config.temporal_stride
         missing = every - self.config.temporal_stride + 1
         held: list[torch.Tensor] = []
         for piece in pictures:
+            if not len(piece):
+                yield piece
             while len(piece):
                 held.append(piece[:missing])
                 piece = piece[missing:]
