@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,15 +22,19 @@ from rich.text import Text
 
 from cli import flags
 from cli.errors import EXIT_FAILED, UsageProblem
+from cli.profiles import CLIPS
 from cli.stack.checkpoints import DEFAULT_FOLDER, holds_release
 from cli.stack.plan import STAGES
 from cli.stack.ports import free_http_port, reserve_grpc_port
 from cli.stack.stack import live_stack
+from shared.errors import OutOfMemory
+from shared.memory.choose import DeviceFacts
+from shared.memory.modes import RECIPES
+from shared.memory.sizes import RELEASED
+from shared.memory.stack import plan_stack
 
 _PACKAGES = ("ovi-serve", "torch", "transformers", "diffusers", "grpcio", "protobuf", "dbos", "av")
 _MIN_FREE_BYTES = 2 << 30
-_MIN_GPU_BYTES = 40 << 30
-"""Fusion in bfloat16 (23 GB), text encoder (11 GB), VAEs, activations."""
 
 
 class Verdict(enum.StrEnum):
@@ -118,7 +122,10 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
+    from shared.memory.devices import Devices
+
+    states = [device for device in Devices().look() if device.facts is not None]
+    if not states:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         yield Finding(
             "GPU",
@@ -127,14 +134,38 @@ def _devices() -> Iterator[Finding]:
             "the tiny model runs on the CPU; the release needs one",
         )
         return
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
-        state = f"{torch.cuda.get_device_name(index)}, {_gib(free)} of {_gib(total)} free, capability {capability}"
-        enough = free >= _MIN_GPU_BYTES
-        shared = "; several GPUs can share the weights, see --plan fsdp" if torch.cuda.device_count() > 1 else ""
-        advice = "" if enough else f"the release takes about {_gib(_MIN_GPU_BYTES)} on one GPU{shared}"
-        yield Finding(f"cuda:{index}", Verdict.GOOD if enough else Verdict.NOTE, state, advice)
+    for device in states:
+        memory = f"{_gib(device.free_bytes)} of {_gib(device.total_bytes)} free"
+        what = [device.model, memory, f"capability {device.capability or 'unknown'}"]
+        what += ["memory shared with the host"] if device.unified else []
+        yield Finding(device.name, Verdict.GOOD, ", ".join([*what, *device.links]))
+    facts = [device.facts for device in states if device.facts is not None]
+    for gpu in facts:
+        yield from memory_findings([gpu], psutil.virtual_memory().available)
+    if len(facts) > 1:
+        yield from memory_findings(facts, psutil.virtual_memory().available)
+
+
+def memory_findings(gpus: Sequence[DeviceFacts], host_bytes: int) -> Iterator[Finding]:
+    """What `--vram-mode auto` would choose on these GPUs for each released variant, by the memory that is free now.
+
+    Args:
+        gpus: for one stack.
+        host_bytes: memory of the host that can be had.
+    """
+    where = gpus[0].name if len(gpus) == 1 else f"{len(gpus)} GPUs"
+    for clip in CLIPS:
+        subject = f"{where} {clip.name}"
+        try:
+            plan = plan_stack(gpus, RELEASED, [clip])
+        except OutOfMemory as error:
+            yield Finding(subject, Verdict.NOTE, error.message, "free its memory, or use a larger GPU or several")
+            continue
+        advice = [] if RECIPES[plan.mode].lossless else ["lossy: results differ from those of the released weights"]
+        if plan.host_bytes > host_bytes:
+            kept = f"{_gib(plan.host_bytes)} of weights stay in the host's memory, which has {_gib(host_bytes)} free"
+            advice.append(kept)
+        yield Finding(subject, Verdict.NOTE if advice else Verdict.GOOD, plan.explanation, "; ".join(advice))
 
 
 def _attention() -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from cli.checkpoints.commands import models_app
 from cli.doctor import doctor
 from cli.generate import generate
 from cli.jobs import jobs_app
+from cli.profiles import profiles
 from cli.up import up
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(generate)
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(models_app, name="models")
 app.command()(doctor)
+app.command()(profiles)
 
 
 def _print_version(wanted: bool) -> None:

@@ -263,8 +263,9 @@ class _Case:
 
     def _host_bytes(self) -> int:
         recipe, spread = RECIPES[self.mode], self.spread
-        in_host = spread.text_encoder is not TextEncoderPlace.RESIDENT
-        total = self.sizes.text_encoder.total_bytes if in_host else 0
+        # A CPU computes in float32.
+        copies = {TextEncoderPlace.RESIDENT: 0, TextEncoderPlace.STREAMED: 1, TextEncoderPlace.CPU: 2}
+        total = copies[spread.text_encoder] * self.sizes.text_encoder.total_bytes
         if recipe.takes_turns:
             total += fusion_weight_bytes(self.sizes.fusion, recipe.weights)
             total += spread.num_vae_gpus * self.sizes.vae.total_bytes
