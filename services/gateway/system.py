@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ovi.common.v1 import system_pb2 as pb
 from services.gateway.memory import StageDevices, combined_plan, host_of, merged_devices, named_key
-from services.gateway.stages import StageClients, SystemClient
+from services.gateway.stages import FusionClient, StageClients, SystemClient
 from shared.errors import FailedPrecondition, InvalidRequest, OutOfMemory, OviError
 from shared.logging import get_logger
 from shared.memory.choose import candidates
@@ -24,7 +24,12 @@ class StackSystem:
 
     def __init__(self, clients: StageClients) -> None:
         # In the order in which they are switched: what can fail for want of memory comes first.
-        self._stages: Sequence[SystemClient] = (clients.fusion.system, clients.vae.system, clients.text_encoder.system)
+        fusion, vae = ([worker.system for worker in stage.workers] for stage in (clients.fusion, clients.vae))
+        self._stages: dict[str, SystemClient] = {}
+        for client in (*fusion, *vae, clients.text_encoder.system):
+            # Further workers of a stage are told apart by their addresses.
+            label = client.name if client.name not in self._stages else f"{client.name} {client.address}"
+            self._stages[label] = client
         self._switching = asyncio.Lock()
         self.answers: tuple[StageDevices, ...] = ()
         """Of the last look, stage by stage."""
@@ -33,15 +38,15 @@ class StackSystem:
 
     async def look(self) -> Sight:
         """The devices of the stages that answer; the others are missing, with the reason."""
-        found = await asyncio.gather(*(client.devices() for client in self._stages), return_exceptions=True)
+        found = await asyncio.gather(*(client.devices() for client in self._stages.values()), return_exceptions=True)
         answers, missing = [], {}
-        for client, devices in zip(self._stages, found, strict=True):
+        for (label, client), devices in zip(self._stages.items(), found, strict=True):
             if isinstance(devices, OviError):
-                missing[client.name] = f"devices of the {client.name} service are left out: {devices.message}"
+                missing[label] = f"devices of the {client.name} service are left out: {devices.message}"
             elif isinstance(devices, BaseException):
                 raise devices
             else:
-                answers.append(StageDevices(client.name, host_of(client.address), devices))
+                answers.append(StageDevices(label, host_of(client.address), devices))
         self.answers = tuple(answers)
         self.devices = merged_devices(answers)
         return Sight(tuple(self.devices.values()), missing)
@@ -53,7 +58,7 @@ class StackSystem:
             InvalidRequest: a stage does not have the mode, model or size.
             Unavailable: a stage is away.
         """
-        fusion, *others = self._stages
+        fusion, *others = self._stages.values()
         wish = pb.GetPlanRequest()
         wish.CopyFrom(request)
         chosen = await fusion.plan(wish, wait_for_ready=True)
@@ -72,18 +77,17 @@ class StackSystem:
         """
         async with self._switching:
             plan = await self._fitting(request)
-            # Only the fusion service has variants.
-            fusion = pb.SetModeRequest(vram_mode=plan.vram_mode, model=request.model)
-            other = pb.SetModeRequest(vram_mode=plan.vram_mode)
             plans: list[pb.MemoryPlan] = []
-            for client in self._stages:
+            for label, client in self._stages.items():
+                # Only the fusion service has variants.
+                model = request.model if client.name == FusionClient.name else ""
                 try:
-                    plans.append(await client.set_mode(other if plans else fusion))
+                    plans.append(await client.set_mode(pb.SetModeRequest(vram_mode=plan.vram_mode, model=model)))
                 except OviError as error:
                     if not plans:
                         raise
-                    done = ", ".join(switched.name for switched in self._stages[: len(plans)])
-                    what = f"the {client.name} service was not switched ({error.message}), but {done} was"
+                    done = ", ".join(list(self._stages)[: len(plans)])
+                    what = f"the {label} service was not switched ({error.message}), but {done} was"
                     raise FailedPrecondition(f"{what}; ask again, or for another mode") from None
             mode = pb.VramMode.Name(plan.vram_mode)
             log.info("mode switched", vram_mode=mode, model=request.model)
@@ -114,8 +118,8 @@ class StackSystem:
 
     def _combined(self, plans: Sequence[pb.MemoryPlan]) -> pb.MemoryPlan:
         by_stage = {}
-        for client, plan in zip(self._stages, plans, strict=True):
+        for (label, client), plan in zip(self._stages.items(), plans, strict=True):
             if plan.device and plan.device not in self.devices:
                 plan.device = named_key(host_of(client.address), plan.device)
-            by_stage[client.name] = plan
+            by_stage[label] = plan
         return combined_plan(by_stage, {key: device.total_bytes for key, device in self.devices.items()})

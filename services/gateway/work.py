@@ -24,8 +24,9 @@ from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog
 from services.gateway.patience import Patience
-from services.gateway.stages import StageClients, WorkerCut
-from shared.errors import CorruptTensor, OviError, ResourceExhausted, Unavailable
+from services.gateway.replicas import Replicas, W
+from services.gateway.stages import FusionClient, StageClients, VaeClient, WorkerCut
+from shared.errors import CorruptTensor, OutOfMemory, OviError, ResourceExhausted, Unavailable
 from shared.generation_proto import sampling_options_to_proto
 from shared.logging import get_logger
 from shared.memory.modes import VramMode
@@ -92,9 +93,11 @@ class JobWork:
         async with self._stage(job_id, JobStage.ENCODE_IMAGE) as job:
             wanted = job.parameters
             picture = await asyncio.to_thread(self.images.read, wanted.image_id)
-            client = self.clients.vae
-            ref = await self._patience(client.name).until(
-                lambda: client.encode_image(picture, wanted.height, wanted.width, job_id=job_id)
+            vae = self.clients.vae
+            ref = await self._patience(vae.name).until(
+                lambda: vae.on_one(
+                    lambda worker: worker.encode_image(picture, wanted.height, wanted.width, job_id=job_id)
+                )
             )
             return MessageToDict(ref)
 
@@ -120,8 +123,8 @@ class JobWork:
             result, steps_reused = await self._patiently(
                 job_id,
                 JobStage.DENOISE,
-                self.clients.fusion.name,
-                lambda patience: self._denoise_once(request, job_id, patience),
+                self.clients.fusion,
+                lambda worker, patience: self._denoise_once(worker, request, job_id, patience),
             )
             outcome = [result.video_latent, result.audio_latent]
             video, audio = await asyncio.gather(*(self._fetch(ref) for ref in outcome))
@@ -143,28 +146,40 @@ class JobWork:
             video = await self._patiently(
                 job_id,
                 JobStage.DECODE,
-                self.clients.vae.name,
-                lambda patience: self._decode_once(job, latents, provenance, patience),
+                self.clients.vae,
+                lambda worker, patience: self._decode_once(worker, job, latents, provenance, patience),
             )
             mode = VramMode(provenance[_VRAM_MODE])
             return replace(video, steps_reused=int(provenance[_STEPS_REUSED]), vram_mode=mode)
 
     async def _patiently(
-        self, job_id: str, stage: JobStage, worker: str, attempt: Callable[[Patience], Awaitable[T]]
+        self, job_id: str, stage: JobStage, replicas: Replicas[W], attempt: Callable[[W, Patience], Awaitable[T]]
     ) -> T:
-        """The result of a long call: begun again while its worker is away, a few times if the worker dies under it."""
-        patience = self._patience(worker)
+        """The result of a long call: begun again while its worker is away, a few times if the worker dies under it.
+
+        Where a worker has too little memory, another one is tried once.
+        """
+        patience = self._patience(replicas.name)
         cuts = 0
+        too_small: W | None = None
         while True:
+            worker = replicas.choose(avoid=too_small)
             try:
-                return await attempt(patience)
+                with replicas.using(worker):
+                    return await attempt(worker, patience)
+            except OutOfMemory as error:
+                if too_small is not None or len(replicas.workers) == 1:
+                    raise
+                log.warning("another worker is tried", stage=stage.value, reason=error.message)
+                too_small = worker
+                await self._begin_again(job_id, stage, (await self.tracker.get(job_id)).progress.total)
             except (Unavailable, ResourceExhausted) as error:
                 job = await self.tracker.get(job_id)
                 if isinstance(error, WorkerCut) and job.progress.done:
                     cuts += 1
                     log.warning("a worker was lost during its work", stage=stage.value, cuts=cuts, reason=error.message)
                     if cuts > _MAX_CUTS:
-                        what = f"the {worker} service stopped {cuts} times during this job"
+                        what = f"the {replicas.name} service stopped {cuts} times during this job"
                         raise Unavailable(f"{what}: {error.message}") from None
                     await self._begin_again(job_id, stage, job.progress.total)
                 await patience.pause(error)
@@ -175,11 +190,11 @@ class JobWork:
         await self.tracker.enter(job_id, stage, total=total)
 
     async def _denoise_once(
-        self, request: fusion_pb2.DenoiseRequest, job_id: str, patience: Patience
+        self, worker: FusionClient, request: fusion_pb2.DenoiseRequest, job_id: str, patience: Patience
     ) -> tuple[fusion_pb2.Result, int]:
         """The result, and how many steps were reused."""
         steps_reused = 0
-        async with contextlib.aclosing(self.clients.fusion.denoise(request, job_id=job_id)) as events:
+        async with contextlib.aclosing(worker.denoise(request, job_id=job_id)) as events:
             async for event in events:
                 patience.alive()
                 kind = event.WhichOneof("event")
@@ -199,7 +214,7 @@ class JobWork:
         raise CorruptTensor("the fusion service ended the stream without a result")
 
     async def _decode_once(
-        self, job: Job, latents: Latents, provenance: dict[str, str], patience: Patience
+        self, worker: VaeClient, job: Job, latents: Latents, provenance: dict[str, str], patience: Patience
     ) -> VideoInfo:
         job_id, mode = job.id, vram_mode_to_proto(job.parameters.vram_mode)
         leases = [self.tensors.store.put(tensor) for tensor in (latents.video_CFHW, latents.audio_SC)]
@@ -209,7 +224,7 @@ class JobWork:
                 video_latent=video, audio_latent=audio, provenance=provenance, vram_mode=mode
             )
             with self.artifacts.video_writer(job_id) as writer:
-                async with contextlib.aclosing(self.clients.vae.decode_clip(request, job_id=job_id)) as events:
+                async with contextlib.aclosing(worker.decode_clip(request, job_id=job_id)) as events:
                     async for event in events:
                         patience.alive()
                         kind = event.WhichOneof("event")

@@ -80,7 +80,8 @@ class ScriptedSystem(system_pb2_grpc.SystemServiceServicer):
 
     def reset(self) -> None:
         """As it was at first."""
-        self.devices = [system_pb2.Device(name="cuda:0", model="script", uuid="GPU-0", backend="cuda", total_bytes=80)]
+        gpu = {"name": "cuda:0", "model": "script", "uuid": "GPU-0", "backend": "cuda"}
+        self.devices = [system_pb2.Device(**gpu, total_bytes=80, free_bytes=60)]
         self.available_bytes = 50
         self.total_bytes = dict.fromkeys(system_pb2.VramMode.values(), 10)
         """What a clip takes, by mode."""
