@@ -6,6 +6,8 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from ovi.gateway.v1 import gateway_pb2 as pb
+from shared.memory.modes import RECIPES
+from shared.system_proto import vram_mode_from_proto
 
 STAGES: dict[pb.JobStage.ValueType, tuple[str, str, str]] = {
     pb.JOB_STAGE_ENCODE_PROMPT: ("encode_prompt", "prompt", ""),
@@ -48,6 +50,8 @@ def as_dict(message: Message) -> dict[str, object]:
 
 
 def describe_video(video: pb.Video) -> str:
-    """Length, size and weight of a clip."""
+    """Length, size and weight of a clip; how memory was used, if that changed it."""
     seconds = video.num_frames / max(video.fps, 1)
-    return f"{seconds:.2f} s, {video.size.width}x{video.size.height}, {video.fps} fps, {size_text(video.num_bytes)}"
+    words = f"{seconds:.2f} s, {video.size.width}x{video.size.height}, {video.fps} fps, {size_text(video.num_bytes)}"
+    recipe = RECIPES.get(vram_mode_from_proto(video.vram_mode, field="video.vram_mode"))
+    return words if recipe is None or recipe.lossless else f"{words}, lossy ({recipe.weights.value} weights)"

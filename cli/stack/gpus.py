@@ -30,8 +30,11 @@ def gpus_here() -> tuple[DeviceFacts, ...]:
     """The GPUs that PyTorch sees, once a command; asked in a process of its own: importing it here would slow every
     command down.
     """
-    if not any(driver.exists() for driver in _DRIVERS):
-        return ()
+    return look_at_gpus() if any(driver.exists() for driver in _DRIVERS) else ()
+
+
+def look_at_gpus() -> tuple[DeviceFacts, ...]:
+    """The same now, whether or not there is a driver."""
     command = [sys.executable, "-P", "-c", _LOOK]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_LOOK_TIMEOUT_S, check=True)
     return tuple(DeviceFacts(**facts) for facts in json.loads(result.stdout.splitlines()[-1]))

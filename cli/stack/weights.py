@@ -64,7 +64,7 @@ def _header(path: Path) -> dict[str, Any] | None:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else None
         _fusion_sizes(header, 2)
-    except (OSError, struct.error, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
     assert isinstance(header, dict)
     return header

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from cli.errors import EXIT_BAD_INPUT, EXIT_FAILED, UsageProblem
 from cli.generate import parse_size
 from cli.main import app
-from cli.words import size_text
+from cli.words import describe_video, size_text
+from ovi.common.v1 import system_pb2 as system_pb
+from ovi.gateway.v1 import gateway_pb2 as pb
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -48,6 +50,10 @@ def test_anything_else_is_no_size(text: str) -> None:
         (["--image", "no-such-picture.png"], "--image: no-such-picture.png cannot be read"),
         (["--out", "no-such-folder/clip.mp4"], "--out: the folder no-such-folder does not exist"),
         (["--out", "."], "--out: . is a folder"),
+        (["--vram-mode", "tiny"], "--vram-mode: got 'tiny', allowed is one of auto, standard, fp8, fp8_offload,"),
+        (["--vram-mode", "all_gpu", "--device", "cpu"], "--vram-mode all_gpu needs a GPU"),
+        (["--gpus", "5", "--device", "cpu"], "--gpus: got '5', allowed is auto or one of 1, 2, 3, 4, 6"),
+        (["--device", "cuda:77"], "--device cuda:77: this machine has"),
         (["--solver", "magic"], "--solver"),
         (["--steps", "many"], "--steps"),
     ],
@@ -100,3 +106,17 @@ def test_an_unknown_state_names_the_known_ones() -> None:
 )
 def test_sizes_for_people(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [
+        (system_pb.VRAM_MODE_UNSPECIFIED, "1.0 kB"),
+        (system_pb.VRAM_MODE_STREAMED, "1.0 kB"),
+        (system_pb.VRAM_MODE_FP8_OFFLOAD, "lossy (fp8 weights)"),
+        (system_pb.VRAM_MODE_ULTRA_LOW, "lossy (int8 weights)"),
+    ],
+)
+def test_a_clip_says_if_its_mode_changed_it(mode: system_pb.VramMode.ValueType, ending: str) -> None:
+    text = describe_video(pb.Video(num_bytes=1000, num_frames=121, fps=24, vram_mode=mode))
+    assert text.startswith("5.04 s, ") and text.endswith(ending)

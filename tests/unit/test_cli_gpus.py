@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.errors import UsageProblem
-from cli.stack.gpus import choose_gpus, choose_vae_gpus, gpus_for, parse_mode, require_plan, usable
+from cli.stack.gpus import choose_gpus, choose_vae_gpus, gpus_for, look_at_gpus, parse_mode, require_plan, usable
 from cli.stack.memory import DeviceFlags, check_flags, choose_devices
 from cli.stack.plan import ServiceSpec, StackOptions, plan_stack
 from services.fusion.model.config import RELEASED
