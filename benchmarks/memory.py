@@ -1,0 +1,288 @@
+"""Memory modes of a whole stack on one GPU: peak, time of a step, estimate against measured, drift, time to switch.
+
+`python -m benchmarks.memory --checkpoints DIR [--data-dir D] [--modes standard,streamed] [--clips 720x720_5s] [--save]`
+
+Each mode's stack is planned as if the GPU had no more memory than the mode's limit, which its services keep to; a clip
+is made, and the device's used memory is sampled all the while. Then one stack without a limit is switched from mode to
+mode. Drift is that of the final latents against the first mode's. With `--device cpu` no memory is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import grpc
+import pynvml
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.common import describe_run, result_path, save_result
+from benchmarks.drift import Drift
+from benchmarks.stack import Run, create, peaks
+from cli.stack.gpus import gpus_for
+from cli.stack.memory import DeviceChoice, DeviceFlags, choose_devices
+from cli.stack.plan import StackOptions
+from cli.stack.stack import running_stack
+from ovi.common.v1 import system_pb2, system_pb2_grpc
+from ovi.gateway.v1 import gateway_pb2 as pb
+from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
+from shared.errors import OutOfMemory
+from shared.memory.choose import DeviceFacts
+from shared.memory.modes import VramMode
+from shared.system_proto import vram_mode_to_proto
+
+GIB = 2**30
+LIMITS_GIB = {
+    VramMode.STANDARD: {"960x960_10s": 40.0, "720x720_5s": 36.0},
+    VramMode.STREAMED: {"960x960_10s": 11.5, "720x720_5s": 10.0},
+    VramMode.FP8: {"960x960_10s": 22.0, "720x720_5s": 20.0},
+    VramMode.FP8_OFFLOAD: {"960x960_10s": 15.0, "720x720_5s": 13.0},
+    VramMode.ULTRA_LOW: {"960x960_10s": 7.5, "720x720_5s": 7.0},
+}
+"""What a stack may take of a GPU, contexts included."""
+SAMPLE_S = 0.01
+JOB_TIMEOUT_S = 540
+SWITCH_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class ModeRow:
+    """A clip made in a mode."""
+
+    mode: str
+    clip: str
+    limit_gib: float
+    refused: str
+    """Why it could not be made within the limit; empty if it was. The fields below are then empty."""
+    estimate_gib: float | None = None
+    peak_gib: float | None = None
+    """Most that the device's memory grew, contexts included; None on a CPU."""
+    service_peaks_gib: dict[str, float] | None = None
+    """Most that each service's allocator had reserved, by log event."""
+    start_s: float | None = None
+    step_s: float | None = None
+    """Median of all steps but the first."""
+    stage_s: dict[str, float] | None = None
+    video_drift: Drift | None = None
+    audio_drift: Drift | None = None
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One switch of a running stack."""
+
+    mode: str
+    seconds: float
+
+
+class DeviceMemory:
+    """Used memory of a device, sampled on a thread."""
+
+    def __init__(self, index: int) -> None:
+        pynvml.nvmlInit()
+        self._handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        self.base_bytes = self.used_bytes()
+        self.peak_bytes = self.base_bytes
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def used_bytes(self) -> int:
+        """By all processes now."""
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(SAMPLE_S):
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes())
+
+    @classmethod
+    @contextmanager
+    def watched(cls, index: int | None) -> Iterator[DeviceMemory | None]:
+        """Sampled within; None for a CPU."""
+        if index is None:
+            yield None
+            return
+        memory = cls(index)
+        memory._thread.start()
+        yield memory
+        memory._stopped.set()
+        memory._thread.join()
+
+
+def follow(stub: pb_grpc.JobServiceStub, job_id: str) -> tuple[pb.Job, list[float]]:
+    """A job to its completion, and the seconds between two steps."""
+    moments: list[float] = []
+    job, done = None, 0
+    for answer in stub.WatchJob(pb.WatchJobRequest(id=job_id), timeout=JOB_TIMEOUT_S):
+        job = answer.job
+        if job.progress.stage == pb.JOB_STAGE_DENOISE and job.progress.done > done:
+            moments.append(time.perf_counter())
+            done = job.progress.done
+    if job is None or job.state != pb.JOB_STATE_COMPLETED:
+        raise SystemExit(f"the job ended otherwise: {job}")
+    return job, [after - before for before, after in itertools.pairwise(moments)]
+
+
+def plan(mode: VramMode, limit_gib: float, args: argparse.Namespace) -> DeviceChoice:
+    """What `ovi up` would choose on this GPU if it had no more memory than that.
+
+    Raises:
+        OutOfMemory: the mode does not fit; with the numbers.
+    """
+    flags = DeviceFlags(args.device, gpus="1", vae_gpus="1", vram_mode=mode.value)
+    return choose_devices(flags, limited(gpus_for(args.device), limit_gib), args.checkpoints, say)
+
+
+def limited(gpus: Sequence[DeviceFacts], limit_gib: float) -> list[DeviceFacts]:
+    """The first GPU with at most so much memory."""
+    most = int(limit_gib * GIB)
+    return [
+        replace(gpu, total_bytes=min(gpu.total_bytes, most), free_bytes=min(gpu.free_bytes, most)) for gpu in gpus[:1]
+    ]
+
+
+def say(line: str) -> None:
+    """Progress, for people."""
+    sys.stderr.write(f"{line}\n")
+
+
+async def make_clip(mode: VramMode, clip: str, limit_gib: float, args: argparse.Namespace) -> tuple[ModeRow, Path]:
+    """A stack in this mode and a clip; the row without drift, and the clip's latents.
+
+    Raises:
+        OutOfMemory: see `plan`.
+    """
+    choice = plan(mode, limit_gib, args)
+    data_dir = args.data_dir / f"{mode.value}_{clip}"
+    options = StackOptions(data_dir, args.checkpoints, grpc_port=0, http_port=0, **vars(choice))
+    index = None if choice.memory is None else choice.memory.gpus[0]
+    with DeviceMemory.watched(index) as memory:
+        begun = time.perf_counter()
+        async with running_stack(options, lambda change: None) as stack:
+            start_s = time.perf_counter() - begun
+
+            def run() -> tuple[pb.Job, list[float]]:
+                with grpc.insecure_channel(stack.plan.grpc_address) as channel:
+                    stub = pb_grpc.JobServiceStub(channel)
+                    return follow(stub, create(stub, Run(clip, args.steps, i2v=False)))
+
+            job, seconds = await asyncio.to_thread(run)
+    peak = None if memory is None else (memory.peak_bytes - memory.base_bytes) / GIB
+    row = ModeRow(
+        mode=mode.value,
+        clip=clip,
+        limit_gib=limit_gib,
+        refused="",
+        estimate_gib=None if choice.memory is None else choice.memory.total_bytes / GIB,
+        peak_gib=peak,
+        service_peaks_gib=peaks(data_dir / "logs", 0)[0],
+        start_s=round(start_s, 1),
+        step_s=round(statistics.median(seconds), 4),
+        stage_s={name: round(value, 3) for name, value in job.stage_seconds.items()},
+        explanation="" if choice.memory is None else choice.memory.explanation,
+    )
+    (latents,) = data_dir.glob(f"**/{job.id}/latents.safetensors")
+    return row, latents
+
+
+async def measure_modes(modes: Sequence[VramMode], clips: Sequence[str], args: argparse.Namespace) -> list[ModeRow]:
+    """Every clip in every mode."""
+    rows, first = [], dict[str, Path]()
+    for mode, clip in itertools.product(modes, clips):
+        limit_gib = LIMITS_GIB[mode][clip] if args.limits else 10_000.0
+        try:
+            row, latents = await make_clip(mode, clip, limit_gib, args)
+        except OutOfMemory as error:
+            row = ModeRow(mode.value, clip, limit_gib, refused=error.message)
+        else:
+            base, ours = load_file(first.setdefault(clip, latents)), load_file(latents)
+            drifts = (Drift.between([(ours[f"{kind}_latent"], base[f"{kind}_latent"])]) for kind in ("video", "audio"))
+            row = replace(row, **dict(zip(("video_drift", "audio_drift"), drifts, strict=True)))
+        rows.append(row)
+        sys.stdout.write(f"{row}\n")
+        sys.stdout.flush()
+    return rows
+
+
+async def measure_switches(modes: Sequence[VramMode], args: argparse.Namespace) -> list[Switch]:
+    """A running stack, switched from mode to mode and back to the first."""
+    choice = plan(modes[0], 10_000.0, args)
+    options = StackOptions(args.data_dir / "switches", args.checkpoints, grpc_port=0, http_port=0, **vars(choice))
+    switches = []
+    async with (
+        running_stack(options, lambda change: None) as stack,
+        grpc.aio.insecure_channel(stack.plan.grpc_address) as channel,
+    ):
+        system = system_pb2_grpc.SystemServiceStub(channel)
+        for mode in (*modes[1:], modes[0]):
+            request = system_pb2.SetModeRequest(vram_mode=vram_mode_to_proto(mode))
+            answer = await system.SetMode(request, timeout=SWITCH_TIMEOUT_S)
+            switches.append(Switch(mode.value, round(answer.seconds, 2)))
+            sys.stdout.write(f"{switches[-1]}\n")
+    return switches
+
+
+def refusals(modes: Sequence[VramMode], rows: Sequence[ModeRow], args: argparse.Namespace) -> dict[str, str]:
+    """What is said where there is 5 % less than a mode's clip needs, by mode and clip."""
+    said = {}
+    for row in rows:
+        if row.estimate_gib is None or VramMode(row.mode) not in modes:
+            continue
+        try:
+            # What a stack may take is a little less than what is free.
+            chosen = plan(VramMode(row.mode), 0.95 * row.estimate_gib, args)
+        except OutOfMemory as error:
+            said[f"{row.mode} {row.clip}"] = error.message
+        else:
+            assert chosen.memory is not None
+            said[f"{row.mode} {row.clip}"] = f"fits with fewer blocks on the device: {chosen.memory.explanation}"
+    return said
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoints", type=Path, required=True)
+    add("--data-dir", type=Path, default=Path("data/benchmark_memory"))
+    add(
+        "--modes",
+        default=",".join(mode.value for mode in LIMITS_GIB),
+        help="the first is what drift is measured against",
+    )
+    add("--clips", default="720x720_5s,960x960_10s")
+    add("--steps", type=int, default=6)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--limits", action=argparse.BooleanOptionalAction, default=True, help="plan for no more than the mode's limit")
+    add("--switches", action=argparse.BooleanOptionalAction, default=True, help="measure switching, too")
+    add("--save", action="store_true", help="keep the result in benchmarks/results")
+    return parser
+
+
+async def main() -> None:
+    """Measure and print."""
+    args = _parser().parse_args()
+    args.checkpoints, args.data_dir = args.checkpoints.resolve(), args.data_dir.resolve()
+    modes = [VramMode(name) for name in args.modes.split(",")]
+    rows = await measure_modes(modes, args.clips.split(","), args)
+    switches = await measure_switches(modes, args) if args.switches else []
+    said = refusals(modes, rows, args)
+    sys.stdout.write("".join(f"{what}: {message}\n" for what, message in said.items()))
+    if args.save:
+        cuda = torch.cuda.is_available() and args.device != "cpu"
+        described = describe_run("memory", torch.device("cuda" if cuda else "cpu"), 1, args)
+        described |= {"switches": [asdict(switch) for switch in switches], "refusals": said}
+        save_result(result_path(described), described, rows)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
