@@ -9,6 +9,7 @@ from pathlib import Path
 from cli.errors import UsageProblem
 from cli.stack.gpus import choose_gpus, choose_vae_gpus, parse_mode, require_plan, usable
 from cli.stack.weights import clips_of, sizes_of
+from shared.allocations import RANKS_OF
 from shared.memory.choose import DeviceFacts
 from shared.memory.modes import RECIPES, VramMode
 from shared.memory.stack import FUSION, TEXT_ENCODER, VAE, StackMemory, StackWish, plan_largest
@@ -54,15 +55,19 @@ def check_flags(flags: DeviceFlags, gpus: Sequence[DeviceFacts]) -> StackWish:
         raise UsageProblem("--vram-mode all_gpu needs a GPU, and there is none to use; see `ovi doctor`")
     plan = require_plan(flags.plan)
     num_gpus = choose_gpus(flags.gpus, flags.device, plan, gpus)
-    for_one = mode is not VramMode.AUTO and RECIPES[mode].takes_turns
-    if for_one and ((num_gpus or 1) > 1 or plan == "fsdp"):
-        what = f"--gpus {num_gpus}" if plan == "auto" else f"--plan {plan}"
-        raise UsageProblem(
-            f"--vram-mode {mode.value} is for one GPU, got {what}; with several, use standard or all_gpu"
-        )
+    num_vae_gpus = choose_vae_gpus(flags.vae_gpus, flags.device, gpus)
+    if mode is not VramMode.AUTO and RECIPES[mode].takes_turns:
+        for flag, wanted, several in (
+            ("--plan", plan, plan == "fsdp" or RANKS_OF.get(plan, 1) > 1),
+            ("--gpus", num_gpus, (num_gpus or 1) > 1),
+            ("--vae-gpus", num_vae_gpus, (num_vae_gpus or 1) > 1),
+        ):
+            if several:
+                what = f"--vram-mode {mode.value} is for one GPU, got {flag} {wanted}"
+                raise UsageProblem(f"{what}; with several, use standard or all_gpu")
     # A text encoder that was put somewhere by name takes nothing of the others' GPUs.
     elsewhere = flags.text_encoder_device != "auto"
-    return StackWish(mode, plan, num_gpus, choose_vae_gpus(flags.vae_gpus, flags.device, gpus), elsewhere)
+    return StackWish(mode, plan, num_gpus, num_vae_gpus, elsewhere)
 
 
 def choose_devices(

@@ -152,8 +152,11 @@ class _Spread:
     num_gpus: int
     num_vae_gpus: int
     text_encoder: TextEncoderPlace
-    tiles: bool
-    """Pictures may be decoded in tiles."""
+
+    @property
+    def tiles(self) -> bool:
+        """Pictures may be decoded in tiles: not those that several GPUs share already."""
+        return self.num_vae_gpus == 1
 
 
 def _spreads(wish: StackWish, mode: VramMode, num_devices: int) -> Iterator[_Spread]:
@@ -161,13 +164,11 @@ def _spreads(wish: StackWish, mode: VramMode, num_devices: int) -> Iterator[_Spr
     recipe = RECIPES[mode]
     named = wish.mode is not VramMode.AUTO
     for allocation, num_gpus in _allocations(wish, mode, num_devices):
-        # What was named may be had at the price of slower prompts and pictures; AUTO has better on one GPU.
+        # What was named may be had at the price of slower prompts; AUTO has better on one GPU.
         places = [recipe.text_encoder] if not wish.text_encoder_on_cpu else []
         places += [TextEncoderPlace.CPU] if not places or named or num_gpus > 1 else []
-        tiles = (True,) if recipe.takes_turns else (False, True) if named else (False,)
-        for allowed in tiles:
-            for place in dict.fromkeys(places):
-                yield _Spread(allocation, num_gpus, wish.num_vae_gpus or min(num_gpus, MAX_VAE_RANKS), place, allowed)
+        for place in dict.fromkeys(places):
+            yield _Spread(allocation, num_gpus, wish.num_vae_gpus or min(num_gpus, MAX_VAE_RANKS), place)
 
 
 def _allocations(wish: StackWish, mode: VramMode, num_devices: int) -> list[tuple[str, int]]:
@@ -178,7 +179,7 @@ def _allocations(wish: StackWish, mode: VramMode, num_devices: int) -> list[tupl
         counts = [wish.num_gpus] if wish.num_gpus else [n for n in reversed(RANKS_FOR_24_HEADS) if n <= num_devices]
     single = [("single", count) for count in counts if count == 1 and wish.allocation != "fsdp"]
     if RECIPES[mode].takes_turns:
-        return single
+        return single if wish.num_vae_gpus in (None, 1) else []
     several = [count for count in counts if count > 1]
     whole = [(allocation_of(count), count) for count in several if wish.allocation != "fsdp"]
     shared = [("fsdp", count) for count in several if wish.allocation in ("auto", "fsdp")]

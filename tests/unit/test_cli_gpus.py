@@ -124,6 +124,7 @@ def test_plans_that_cannot_be_had_are_refused() -> None:
     for flags, said in (
         (DeviceFlags("cpu", gpus="2", vram_mode="fp8"), "--vram-mode fp8 is for one GPU, got --gpus 2; with several"),
         (DeviceFlags(plan="multi_4", vram_mode="streamed"), "--vram-mode streamed is for one GPU, got --plan multi_4"),
+        (DeviceFlags(vae_gpus="2", vram_mode="streamed"), "--vram-mode streamed is for one GPU, got --vae-gpus 2"),
         (DeviceFlags(plan="fsdp", vram_mode="ultra_low"), "--vram-mode ultra_low is for one GPU, got --plan fsdp"),
     ):
         with pytest.raises(UsageProblem, match=said):
@@ -145,6 +146,10 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         usable(cards(8, 8), "cuda:3")
     with pytest.raises(UsageProblem, match="--device cuda: this machine has no GPU that PyTorch can use"):
         usable((), "cuda")
+
+
+def test_gpus_are_looked_at_in_a_process_of_its_own() -> None:
+    assert [gpu.name for gpu in look_at_gpus()] == [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
 def started(
