@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cli.errors import UsageProblem
@@ -11,7 +11,9 @@ from cli.stack.gpus import choose_gpus, choose_vae_gpus, parse_mode, require_pla
 from cli.stack.weights import clips_of, sizes_of
 from shared.allocations import RANKS_OF
 from shared.memory.choose import DeviceFacts
-from shared.memory.modes import RECIPES, VramMode
+from shared.memory.estimate import estimate_text_encoder
+from shared.memory.modes import RECIPES, TextEncoderPlace, VramMode
+from shared.memory.sizes import TextEncoderSizes
 from shared.memory.stack import FUSION, TEXT_ENCODER, VAE, StackMemory, StackWish, plan_largest
 
 
@@ -65,7 +67,7 @@ def check_flags(flags: DeviceFlags, gpus: Sequence[DeviceFacts]) -> StackWish:
             if several:
                 what = f"--vram-mode {mode.value} is for one GPU, got {flag} {wanted}"
                 raise UsageProblem(f"{what}; with several, use standard or all_gpu")
-    # A text encoder that was put somewhere by name takes nothing of the others' GPUs.
+    # One that was put somewhere by name is not placed by the plan.
     elsewhere = flags.text_encoder_device != "auto"
     return StackWish(mode, plan, num_gpus, num_vae_gpus, elsewhere)
 
@@ -91,7 +93,9 @@ def choose_devices(
         mode = VramMode.STANDARD if wish.mode is VramMode.AUTO else wish.mode
         given = (flags.device, flags.text_encoder_device, wish.num_gpus or 1, wish.num_vae_gpus, wish.allocation)
         return DeviceChoice(*given, vram_mode=mode, memory=None)
-    memory, notes = plan_largest(allowed, sizes_of(checkpoints), clips_of(checkpoints), wish)
+    sizes = sizes_of(checkpoints)
+    left = [_beside_text_encoder(gpu, flags.text_encoder_device, sizes.text_encoder) for gpu in allowed]
+    memory, notes = plan_largest(left, sizes, clips_of(checkpoints), wish)
     for line in (memory.explanation, *notes):
         say(line)
     # Of several only those that are used are shown to the services, see cli.stack.plan.
@@ -106,3 +110,11 @@ def choose_devices(
         vram_mode=memory.mode,
         memory=memory,
     )
+
+
+def _beside_text_encoder(gpu: DeviceFacts, device: str, sizes: TextEncoderSizes) -> DeviceFacts:
+    """What is left of a GPU on which the text encoder was put by name."""
+    if gpu.name != ("cuda:0" if device == "cuda" else device):
+        return gpu
+    need = estimate_text_encoder(sizes, TextEncoderPlace.RESIDENT).total
+    return replace(gpu, free_bytes=max(0, gpu.free_bytes - need))

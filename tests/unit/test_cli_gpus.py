@@ -205,6 +205,14 @@ def test_a_text_encoder_on_the_cpu_has_no_budget(tmp_path) -> None:
     assert flag(stages["text_encoder"], "--memory-gib") is None
 
 
+def test_a_text_encoder_that_was_put_on_a_gpu_leaves_less_of_it(tmp_path) -> None:
+    flags = DeviceFlags("cuda:0", text_encoder_device="cuda:0", vram_mode="standard")
+    stages, _ = started(tmp_path, flags, cards(55))
+    assert float(flag(stages["fusion"], "--memory-gib") or 0) + float(flag(stages["vae"], "--memory-gib") or 0) < 44
+    with pytest.raises(OutOfMemory, match=r"standard needs 2\d\.\d GiB on cuda:0 for \w+, 2\d\.\d GiB may be used"):
+        started(tmp_path, flags, cards(40))
+
+
 def test_of_several_gpus_those_that_are_used_are_shown(tmp_path, monkeypatch) -> None:
     stages, _ = started(tmp_path, DeviceFlags(), cards(8, 139, 139))
     assert flag(stages["fusion"], "--nproc-per-node") == "2" and flag(stages["fusion"], "--plan") == "multi_2"
