@@ -7,18 +7,17 @@ import asyncio
 import os
 from dataclasses import replace
 
-import torch
-
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
-from services.fusion.checkpoint import largest_model_bytes
 from services.fusion.config import FusionOptions
 from services.fusion.engine import FusionEngine
 from services.fusion.group import LeadingEngine, follow, share_plan
 from services.fusion.model.config import RELEASED
 from services.fusion.ops import Execution, Kernels
 from services.fusion.parallel.plan import ParallelPlan, choose_plan
+from services.fusion.planner import standard_bytes
 from services.fusion.servicer import FusionServicer
 from shared.allocations import ALLOCATIONS
+from shared.device_memory import free_to_take
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
 from shared.group.ranks import Ranks, end_torchrun, end_with_parent, join_group, rank_device
@@ -98,23 +97,16 @@ def run_follower(options: FusionOptions) -> None:
 
 def _choose_plan(name: str, stage: StageOptions, weights: WeightFormat, ranks: Ranks) -> ParallelPlan:
     lossless = weights is WeightFormat.NATIVE
-    weight_bytes, device_bytes = 0, None
-    if stage.device.type == "cuda" and lossless:
-        weight_bytes = largest_model_bytes(stage.checkpoints, stage.precision)
-        device_bytes = torch.cuda.get_device_properties(stage.device).total_memory
-    plan = choose_plan(
-        name,
-        ranks.world_size,
-        RELEASED.num_heads,
-        ranks.num_hosts,
-        weight_bytes=weight_bytes,
-        device_bytes=device_bytes,
-    )
+    room = free_to_take(stage.device) if stage.memory_bytes is None else stage.memory_bytes
+
+    def fits(plan: ParallelPlan) -> bool:
+        return room is None or not lossless or standard_bytes(stage.checkpoints, stage.precision, plan) <= room
+
+    plan = choose_plan(name, ranks.world_size, RELEASED.num_heads, ranks.num_hosts, fits)
     if plan.weights_degree > 1 and not lossless:
         raise ValueError(f"the plan {name} shares weights as they are stored; it needs --weights native")
-    get_logger(__name__).info(
-        "plan", name=name, plan=plan.describe(), weight_bytes=weight_bytes, gpu_bytes=device_bytes
-    )
+    if ranks.rank == 0:  # whose plan counts
+        get_logger(__name__).info("plan", name=name, plan=plan.describe(), device_bytes=room)
     return plan
 
 

@@ -5,9 +5,7 @@ Parameter names of the model are the file's keys, so there is no key map.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from services.fusion.model.config import RELEASED, FusionConfig
 from services.fusion.model.fusion import FusionModel
 from shared.checkpoints import Layout, SafetensorsHeader, assign_weights, file_fingerprint, require_layout
 from shared.errors import CheckpointError
-from shared.variants import VARIANTS
 
 CONFIG_KEY = "ovi_config"
 """Metadata key of a JSON object with what shapes do not tell (num_heads, text_len, video_area); none if released."""
@@ -63,17 +60,6 @@ class FusionFile:
     def fingerprint(self) -> str:
         """Of the file; see shared.checkpoints.file_fingerprint."""
         return file_fingerprint(self.header.path)
-
-
-def largest_model_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes that the largest fusion model of a folder takes in this precision; 0 if no file can be read."""
-    sizes = [0]
-    for variant in VARIANTS.values():
-        # What is wrong with a file is said where it is opened to be served.
-        with contextlib.suppress(CheckpointError):
-            header = SafetensorsHeader.read(folder / variant.file)
-            sizes.append(sum(math.prod(shape) for _, shape in header.layout.values()) * dtype.itemsize)
-    return max(sizes)
 
 
 def build(config: FusionConfig, weights: dict[str, torch.Tensor]) -> FusionModel:

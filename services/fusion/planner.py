@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from services.fusion.checkpoint import FusionFile
 from services.fusion.model.config import FusionConfig
 from services.fusion.parallel.groups import Groups
+from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.request import ServedVariant
 from shared.device_memory import device_facts, free_to_take, limit_memory
-from shared.errors import InvalidRequest, OutOfMemory
-from shared.memory.choose import FusionPlan, Subject, choose_mode, gib, plan_fusion
+from shared.errors import CheckpointError, InvalidRequest, OutOfMemory
+from shared.memory.choose import FusionPlan, Subject, choose_mode, gib, least_fusion, plan_fusion
 from shared.memory.modes import LOWER, RECIPES, VramMode, may_become
 from shared.memory.sizes import ClipTokens, FusionSizes
 from shared.shapes import common_sizes
+from shared.variants import VARIANTS
 
 
 class MemoryPlanner:
@@ -117,6 +122,25 @@ class MemoryPlanner:
     def least(self, served: ServedVariant, mode: VramMode) -> FusionPlan:
         """A variant in a mode as if nothing limited the memory; a mode that can stream all blocks does so."""
         return replace(self._plan(served, mode, None), budget_bytes=self.budget_bytes)
+
+
+def standard_bytes(folder: Path, dtype: torch.dtype, plan: ParallelPlan) -> int:
+    """Most that a rank of a plan reserves in standard mode, over the variants of a folder that can be read.
+
+    Args:
+        folder: in the released layout.
+        dtype: arithmetic of the model.
+        plan: of the ranks.
+    """
+    most = 0
+    for variant in VARIANTS.values():
+        # What is wrong with a file is said where it is opened to be served.
+        with contextlib.suppress(CheckpointError):
+            served = ServedVariant(variant, FusionFile.open(folder / variant.file), "")
+            sizes = fusion_sizes(served.file.config, dtype.itemsize)
+            degrees = (plan.sequence_degree, plan.guidance_degree, plan.weights_degree)
+            most = max(most, least_fusion(sizes, largest_clip(served), VramMode.STANDARD, *degrees).reserved)
+    return most
 
 
 def explain(plan: FusionPlan, served: ServedVariant) -> str:

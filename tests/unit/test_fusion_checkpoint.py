@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.fusion.checkpoint import CONFIG_KEY, FusionFile, largest_model_bytes, layout
+from services.fusion.checkpoint import CONFIG_KEY, FusionFile, layout
 from services.fusion.engine import FusionEngine
 from services.fusion.model.config import RELEASED
 from shared.checkpoints import SafetensorsHeader
@@ -54,15 +54,6 @@ def test_rows_of_a_file_that_was_cut_are_refused(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         dict(header.rows(dict.fromkeys(header.layout, (0, 1)), CPU))
-
-
-def test_the_largest_model_of_a_folder_is_counted(tmp_path) -> None:
-    assert largest_model_bytes(tmp_path, torch.bfloat16) == 0
-    path = write_variant(tmp_path, "720x720_5s")
-    write_variant(tmp_path, "960x960_5s").write_bytes(b"damaged")
-    expected = sum(tensor.nbytes for tensor in load_file(path).values())
-    assert largest_model_bytes(tmp_path, torch.bfloat16) == expected
-    assert largest_model_bytes(tmp_path, torch.float32) == 2 * expected
 
 
 def test_fp8_weights_have_the_same_keys_and_their_own_values(tmp_path) -> None:

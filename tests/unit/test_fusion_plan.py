@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from services.fusion.parallel.plan import ParallelPlan, choose_plan
+from services.fusion.planner import standard_bytes
 from shared.allocations import ALLOCATIONS
-
-GIB = 1 << 30
-RELEASED_BYTES = 23_300_000_000
+from shared.variants import VARIANTS
+from tests.fusion_checkpoint import SMALL, write_variant
 
 
 @pytest.mark.parametrize(
@@ -58,19 +62,39 @@ def test_weights_are_shared_by_all_ranks_or_by_equal_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "gpu_gib", "weights_degree"),
+    ("name", "ranks", "fit", "weights_degree"),
     [
-        ("auto", 4, 80, 1),
-        ("auto", 4, 24, 4),
-        ("auto", 2, 28, 1),
-        ("auto", 2, 27, 2),
-        ("auto", 4, None, 1),
-        ("auto", 1, 24, 1),
-        ("multi_4", 4, 24, 1),
-        ("fsdp", 4, 80, 4),
+        ("auto", 4, True, 1),
+        ("auto", 4, False, 4),
+        ("auto", 2, False, 2),
+        ("auto", 1, False, 1),
+        ("multi_4", 4, False, 1),
+        ("fsdp", 4, True, 4),
     ],
 )
-def test_auto_shares_weights_where_one_gpu_cannot_hold_them(name, ranks, gpu_gib, weights_degree) -> None:
-    device_bytes = None if gpu_gib is None else gpu_gib * GIB
-    plan = choose_plan(name, ranks, 24, 1, weight_bytes=RELEASED_BYTES, device_bytes=device_bytes)
-    assert plan.weights_degree == weights_degree
+def test_auto_shares_weights_where_a_rank_cannot_hold_them(name, ranks, fit, weights_degree) -> None:
+    asked = []
+
+    def fits(plan: ParallelPlan) -> bool:
+        asked.append(plan)
+        return fit
+
+    assert choose_plan(name, ranks, 24, 1, fits).weights_degree == weights_degree
+    assert all(plan.weights_degree == 1 and plan.world_size == ranks for plan in asked)
+
+
+def test_what_a_rank_takes_is_that_of_the_largest_variant_that_can_be_read(tmp_path) -> None:
+    plan = ParallelPlan(2, 1)
+    assert standard_bytes(tmp_path, torch.bfloat16, plan) == 0
+    path = write_variant(tmp_path, "720x720_5s")
+    small = standard_bytes(tmp_path, torch.bfloat16, plan)
+    assert small > sum(tensor.nbytes for tensor in load_file(path).values())
+    write_variant(tmp_path, "960x960_5s", config=replace(SMALL, num_layers=6))
+    assert standard_bytes(tmp_path, torch.bfloat16, plan) > small
+    (tmp_path / VARIANTS["960x960_5s"].file).write_bytes(b"damaged")
+    assert standard_bytes(tmp_path, torch.bfloat16, plan) == small
+    assert (
+        standard_bytes(tmp_path, torch.bfloat16, ParallelPlan(2, 1, 2))
+        < small
+        < standard_bytes(tmp_path, torch.float32, plan)
+    )

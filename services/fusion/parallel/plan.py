@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shared.allocations import ALLOCATIONS, RANKS_OF, degrees
-
-_WORKING_BYTES = 6 << 30
-"""What a rank needs besides the weights: activations of the largest clip take 3.5 GiB on one GPU, the rest is spare."""
 
 
 @dataclass(frozen=True)
@@ -107,25 +105,24 @@ class ParallelPlan:
 
 
 def choose_plan(
-    name: str, world_size: int, num_heads: int, num_hosts: int, *, weight_bytes: int, device_bytes: int | None
+    name: str, world_size: int, num_heads: int, num_hosts: int, fits: Callable[[ParallelPlan], bool]
 ) -> ParallelPlan:
-    """The plan of a name, where `auto` means `fsdp` if a GPU lacks the memory for whole weights and room to work.
+    """The plan of a name, where `auto` means `fsdp` if a rank's GPU lacks the memory for whole weights.
 
     Args:
         name: see ParallelPlan.named, as for the next two.
         world_size: see there.
         num_heads: see there.
         num_hosts: see there.
-        weight_bytes: of the whole model.
-        device_bytes: memory of one GPU; None if it sets no limit.
+        fits: whether a rank of a plan has the memory that it takes.
 
     Raises:
         ValueError: see ParallelPlan.named.
     """
-    fits = device_bytes is None or weight_bytes + _WORKING_BYTES <= device_bytes
-    if name == "auto" and world_size > 1 and not fits:
-        name = "fsdp"
-    return ParallelPlan.named(name, world_size, num_heads, num_hosts)
+    plan = ParallelPlan.named(name, world_size, num_heads, num_hosts)
+    if name == "auto" and world_size > 1 and not fits(plan):
+        return ParallelPlan.named("fsdp", world_size, num_heads, num_hosts)
+    return plan
 
 
 def shard_sizes(length: int, degree: int) -> list[int]:
