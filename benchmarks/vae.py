@@ -29,7 +29,7 @@ from services.vae.model.vocoder import Vocoder
 from services.vae.ops import FusedOps, Kernels, select_ops
 
 if TYPE_CHECKING:
-    from services.vae.engine import PictureSource
+    from services.vae.decoding import PictureSource
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,13 @@ def mp4_seconds(vae: VideoVae, clip: str, repeats: int, pictures: PictureSource 
     Frames are encoded while further ones are decoded, by `pictures` if not by `vae` alone.
     """
     from services.vae.engine import VaeEngine
+    from services.vae.networks import Networks
 
     device = vae.mean_C111.device
     audio_vae, vocoder = AudioVae(RELEASED_AUDIO_VAE), Vocoder(RELEASED_VOCODER)
     for network in (audio_vae, vocoder):
         network.to(device).requires_grad_(False)
-    engine = VaeEngine(vae, audio_vae, vocoder, chunk_latent_frames=1, fingerprint="", pictures=pictures)
+    engine = VaeEngine(Networks(vae, audio_vae, vocoder), pictures=pictures)
     latent_CFHW = torch.randn(vae.config.z_dim, *CLIPS[clip].video_shape)
     audio_SC = torch.randn(CLIPS[clip].audio_length, 20)
     times = []
@@ -248,49 +249,74 @@ def profile(vae: VideoVae, clip: str) -> str:
     return prof.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=100)
 
 
-def make_ops(kernels: Kernels, device: torch.device, latent_frames_per_step: int | None) -> Ops:
-    """The operations that were asked for."""
-    ops = select_ops(device, kernels)
-    if latent_frames_per_step is not None:
-        ops.latent_frames_per_step = latent_frames_per_step
-    return ops
+@dataclass(frozen=True)
+class SetUp:
+    """What is measured, and what this GPU can do."""
+
+    vae: VideoVae
+    rates: Rates
+    weights_s: float
+    """Seconds to make random weights and to lay them out."""
+
+    def describe(self) -> dict[str, Any]:
+        """For the result's file."""
+        ops = self.vae.decoder.ops
+        per_step = ops.latent_frames_per_step
+        return {"kernels": ops.name, "latent_frames_per_step": per_step, "rates": asdict(self.rates)}
 
 
-@torch.inference_mode()
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse_flags(description: str | None, more: Callable[[argparse.ArgumentParser], object]) -> argparse.Namespace:
+    """The flags that all measurements of the decoder have, and those that `more` adds."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--clips", default=",".join(CLIPS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
     parser.add_argument("--latent-frames-per-step", type=int)
     parser.add_argument("--mp4", action="store_true", help="time whole clips with sound and encoding too; needs PyAV")
-    parser.add_argument("--profile", action="store_true", help="print the costliest kernels of the first clip")
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     parser.add_argument("--json", type=Path, help="keep the result in this file")
-    args = parser.parse_args()
-    device = torch.device("cuda", 0)
+    more(parser)
+    return parser.parse_args()
+
+
+def set_up(args: argparse.Namespace, device: torch.device) -> SetUp:
+    """Measure the GPU, then make the decoder of released widths that the flags ask for."""
     torch.backends.cudnn.allow_tf32 = False
     rates = measure_rates(device)
+    torch.cuda.empty_cache()
+    ops = select_ops(device, Kernels(args.kernels))
+    if args.latent_frames_per_step is not None:
+        ops.latent_frames_per_step = args.latent_frames_per_step
+    begun_s = time.monotonic()
+    network = random_network(RELEASED_VIDEO_VAE, device)
+    vae = assemble_video_vae(RELEASED_VIDEO_VAE, network, device, torch.bfloat16, ops)
+    torch.cuda.synchronize()
+    return SetUp(vae, rates, time.monotonic() - begun_s)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    args = parse_flags(
+        __doc__,
+        lambda parser: parser.add_argument(
+            "--profile", action="store_true", help="print the costliest kernels of the first clip"
+        ),
+    )
+    device = torch.device("cuda", 0)
     out = sys.stdout.write
-    name = torch.cuda.get_device_name(device)
-    ops = make_ops(Kernels(args.kernels), device, args.latent_frames_per_step)
-    out(f"{name}, torch {torch.__version__}, {ops.name}, {ops.latent_frames_per_step} latent frames a step, {rates}\n")
+    made = set_up(args, device)
+    vae, ops = made.vae, made.vae.decoder.ops
+    out(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {made.describe()}\n")
+    out(f"weights made and laid out in {made.weights_s:.2f} s\n")
     errors = measure_errors(
         RELEASED_VIDEO_VAE, device, [ReferenceOps()] if ops.name == "reference" else [ReferenceOps(), ops]
     )
     out(f"relative error against float32: {errors}\n")
-    begun_s = time.monotonic()
-    vae = assemble_video_vae(
-        RELEASED_VIDEO_VAE, random_network(RELEASED_VIDEO_VAE, device), device, torch.bfloat16, ops
-    )
-    torch.cuda.synchronize()
-    weights_s = time.monotonic() - begun_s
-    out(f"weights made and laid out in {weights_s:.2f} s\n")
     rows = []
     for clip in args.clips.split(","):
         torch.cuda.empty_cache()
-        rows.append(measure(vae, clip, rates, args.repeats))
+        rows.append(measure(vae, clip, made.rates, args.repeats))
         out(f"{rows[-1]}\n")
         if args.profile and len(rows) == 1:
             out(profile(vae, clip))
@@ -299,13 +325,8 @@ def main() -> None:
             out(f"{clip}: {rows[-1].mp4_seconds:.3f} s to a finished mp4\n")
     if args.save or args.json:
         variant = "" if args.kernels == Kernels.AUTO.value else args.kernels
-        described = describe_run("vae", device, 1, args, variant) | {
-            "kernels": ops.name,
-            "latent_frames_per_step": ops.latent_frames_per_step,
-            "rates": asdict(rates),
-            "weights_s": weights_s,
-            "relative_error_against_float32": errors,
-        }
+        described = describe_run("vae", device, 1, args, variant) | made.describe()
+        described |= {"weights_s": made.weights_s, "relative_error_against_float32": errors}
         save_result(args.json or result_path(described), described, rows)
 
 

@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -23,15 +21,12 @@ from benchmarks.vae import (
     Clip,
     Rates,
     count_flop,
-    make_ops,
-    measure_rates,
     mp4_seconds,
-    random_network,
+    parse_flags,
+    set_up,
     shapes_only,
 )
-from services.vae.checkpoint import assemble_video_vae
-from services.vae.model.video_vae import RELEASED_VIDEO_VAE, VideoVae
-from services.vae.ops import Kernels
+from services.vae.model.video_vae import VideoVae
 from services.vae.parallel import RankStripe, connect_ranks, decode_striped, stripe_heights
 from shared.group.control import ControlChannel
 from shared.group.ranks import Ranks, join_group, rank_device
@@ -172,34 +167,18 @@ def _mp4_seconds(vae: VideoVae, clip: str, machine: Machine, repeats: int) -> fl
 @torch.inference_mode()
 def main() -> None:
     """Measure; print on rank 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", default=",".join(CLIPS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kernels", choices=[kernels.value for kernels in Kernels], default="auto")
-    parser.add_argument("--latent-frames-per-step", type=int)
-    parser.add_argument("--mp4", action="store_true", help="time whole clips with sound and encoding too; needs PyAV")
-    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
-    parser.add_argument("--json", type=Path, help="keep the result in this file")
-    args = parser.parse_args()
+    args = parse_flags(__doc__, lambda parser: None)
     ranks = Ranks.from_environment(os.environ)
     device = rank_device(torch.device("cuda", 0), ranks)
-    torch.backends.cudnn.allow_tf32 = False
     fellowship = join_group(ranks, device)
     connect_ranks(device)
-    machine = Machine(ranks, device, fellowship.channel, measure_rates(device))
-    torch.cuda.empty_cache()
-    ops = make_ops(Kernels(args.kernels), device, args.latent_frames_per_step)
-    network = random_network(RELEASED_VIDEO_VAE, device)
-    vae = assemble_video_vae(RELEASED_VIDEO_VAE, network, device, torch.bfloat16, ops)
-    described = describe_run("vae", device, ranks.world_size, args) | {
-        "kernels": ops.name,
-        "latent_frames_per_step": ops.latent_frames_per_step,
-        "rates": asdict(machine.rates),
-    }
+    made = set_up(args, device)
+    machine = Machine(ranks, device, fellowship.channel, made.rates)
+    described = describe_run("vae", device, ranks.world_size, args) | made.describe()
     rows = []
     for name in args.clips.split(","):
         torch.cuda.empty_cache()
-        rows.append(measure(vae, name, CLIPS[name], machine, args.repeats, mp4=args.mp4))
+        rows.append(measure(made.vae, name, CLIPS[name], machine, args.repeats, mp4=args.mp4))
         if ranks.rank == 0:
             sys.stdout.write(f"{rows[-1]}\n")
             sys.stdout.flush()

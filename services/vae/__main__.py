@@ -10,16 +10,20 @@ from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
 from services.vae.config import VaeOptions
 from services.vae.engine import VaeEngine
 from services.vae.group import join_decoders, load_leader, run_follower
+from services.vae.memory import VaeMemory, mode_problem
 from services.vae.ops import Kernels
 from services.vae.request import MAX_LATENT_FRAMES
 from services.vae.scratch import remove_abandoned
 from services.vae.servicer import VaeServicer
 from shared.device_worker import DeviceWorker
-from shared.group.ranks import Ranks, end_with_parent, rank_device
+from shared.group.ranks import Ranks, end_torchrun, end_with_parent, rank_device
 from shared.group.steps import stop_followers
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging
+from shared.memory.devices import Devices
+from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.service_main import refusing_bad_checkpoints, run_service, stage_options, stage_parser
+from shared.system_service import system_service
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import TensorResolver
@@ -38,17 +42,25 @@ async def run(options: VaeOptions) -> None:
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
     resolver = TensorResolver.over_grpc(stage.producer_hosts)
     servicer = VaeServicer(lambda: engines[0], worker, resolver, tensors, options)
-    service = GrpcService(
-        vae_pb2.DESCRIPTOR.services_by_name["VaeService"].full_name,
-        lambda server: vae_pb2_grpc.add_VaeServiceServicer_to_server(servicer, server),
-    )
+    watcher = DeviceWatcher(own_devices(Devices()))
+    services = [
+        GrpcService(
+            vae_pb2.DESCRIPTOR.services_by_name["VaeService"].full_name,
+            lambda server: vae_pb2_grpc.add_VaeServiceServicer_to_server(servicer, server),
+        ),
+        system_service(watcher, servicer.plan, servicer.set_mode),
+    ]
 
     async def load() -> None:
-        if fellowship is None:
-            engines.append(await worker.run(lambda: VaeEngine.load(options)))
-        else:
-            engines.append(await worker.run(lambda: load_leader(options, fellowship)))
-        await worker.run(engines[0].warm_up)
+        await watcher.start()
+        memory = await worker.run(lambda: VaeMemory.of(options))
+        mode = memory.settle(stage.vram_mode)
+        async with servicer.turn(mode):
+            if fellowship is None:
+                engines.append(await worker.run(lambda: VaeEngine.load(options, memory, mode)))
+            else:
+                engines.append(await worker.run(lambda: load_leader(options, memory, mode, fellowship)))
+            await worker.run(engines[0].warm_up)
 
     async def close() -> None:
         idle = worker.close()
@@ -58,7 +70,7 @@ async def run(options: VaeOptions) -> None:
         if fellowship is not None and idle:
             stop_followers(fellowship)
 
-    await serve(stage.listen, [service], load=load, close=close)
+    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop)
 
 
 def main() -> None:
@@ -82,6 +94,10 @@ def main() -> None:
     stage = replace(stage, device=rank_device(stage.device, ranks))
     if Kernels(args.kernels) is Kernels.FUSED and stage.device.type != "cuda":
         parser.error(f"--kernels fused needs CUDA, the device is {stage.device}; leave it out")
+    if problem := mode_problem(stage.vram_mode, stage.device, ranks.world_size):
+        if ranks.world_size > 1:
+            end_torchrun()
+        parser.error(f"--vram-mode: {problem}")
     options = VaeOptions(stage, args.chunk_latent_frames, Kernels(args.kernels), ranks)
     if ranks.world_size > 1:
         end_with_parent()

@@ -9,9 +9,7 @@ import contextlib
 import errno
 import hashlib
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from concurrent import futures
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +22,17 @@ from PIL import Image
 
 from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
 from services.vae.config import WEIGHT_FILES, VaeOptions
+from services.vae.decoding import PictureDecoder, PictureSource, let_go
 from services.vae.memory import VaeMemory, explain, largest_picture
-from services.vae.model.video_layers import Window
 from services.vae.model.video_vae import VideoVae
 from services.vae.mp4 import ClipWriter, num_clip_samples
 from services.vae.networks import Networks
 from services.vae.ops import select_ops
-from services.vae.tiles import cut_tiles, decode_tiled
 from shared.checkpoints import file_fingerprint
 from shared.device_memory import freed, peak_gib, reset_peak
 from shared.errors import DiskFull
 from shared.logging import get_logger
 from shared.memory.choose import VaePlan
-from shared.memory.estimate import VaeLayout
 from shared.memory.modes import RECIPES, VramMode
 from shared.memory.sizes import RELEASED_VAE
 from shared.shapes import AUDIO_LATENT_CHANNELS, VIDEO_LATENT_CHANNELS, VideoLatentShape
@@ -46,10 +42,6 @@ log = get_logger(__name__)
 
 _WARM_UP_SHAPE = (3, 44, 44)
 """Latent frames, rows and columns: one step of the network of each length that it makes."""
-
-PictureSource = Callable[[torch.Tensor, int], Iterator[torch.Tensor]]
-"""From a normalised latent (48, F, h, w) to its pictures (f, 16h, 16w, 3), levels 0 to 255, on the device; so many
-latent frames at a time."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +85,10 @@ class VaeEngine:
             mode: in which work is done that does not say; not AUTO.
         """
         self._networks = networks
-        self._pictures = pictures
         self._device = networks.device
-        self._memory = memory or VaeMemory(self._device, RELEASED_VAE, None)
+        self.memory = memory or VaeMemory(self._device, RELEASED_VAE, None)
+        """Plans for the device."""
+        self._pictures = PictureDecoder(networks.video_vae, self._device, self.memory, pictures)
         self._chunk_latent_frames = chunk_latent_frames
         self.fingerprint = fingerprint
         self.mode = mode
@@ -110,27 +103,24 @@ class VaeEngine:
     def load(
         cls,
         options: VaeOptions,
+        memory: VaeMemory,
+        mode: VramMode,
         spread: Callable[[VideoVae], PictureSource] | None = None,
-        memory: VaeMemory | None = None,
     ) -> VaeEngine:
         """Read the three weight files.
 
         Args:
             options: flags of the service.
+            memory: plans for the device.
+            mode: not AUTO.
             spread: makes the video VAE's decoding that of several ranks; None: it decodes alone.
-            memory: plans for the device; None: by the flags.
 
         Raises:
             CheckpointError: one is missing, damaged or does not fit; names the file.
-            OutOfMemory: the mode takes more than there is, or every mode does.
-            InvalidRequest: the mode is not for this device, or not for several.
+            OutOfMemory: see `set_mode`.
         """
         stage = options.stage
         digest = hashlib.sha256("".join(file_fingerprint(stage.checkpoints / file) for file in WEIGHT_FILES).encode())
-        memory = memory or VaeMemory.of(options)
-        mode = memory.settle(stage.vram_mode)
-        size = largest_picture()
-        log.info("memory mode", plan=explain(memory.plan(mode, *size), *size))
         networks = Networks(
             load_decoding(options),
             load_audio_vae(stage.checkpoints / AUDIO_VAE_FILE, stage.device),
@@ -153,7 +143,7 @@ class VaeEngine:
             OutOfMemory: they do not fit; with the numbers.
             InvalidRequest: the mode is not for this device, or not for several.
         """
-        return self._memory.plan(self.mode if mode is VramMode.AUTO else mode, height, width)
+        return self.memory.plan(self.mode if mode is VramMode.AUTO else mode, height, width)
 
     def set_mode(self, mode: VramMode) -> None:
         """Make a mode the present one, and move the weights where it wants them.
@@ -165,9 +155,12 @@ class VaeEngine:
             OutOfMemory: it does not fit; nothing has changed. As for the next.
             InvalidRequest: it is not for this device, or not for several.
         """
-        mode = self._memory.settle(mode)
-        with self._turn(self.plan(mode, *largest_picture())):
+        mode = self.memory.settle(mode)
+        size = largest_picture()
+        plan = self.plan(mode, *size)
+        with self._turn(mode, plan):
             self.mode = mode
+        log.info("memory mode", plan=explain(plan, *size))
 
     def warm_up(self) -> None:
         """Decode a moment of picture and sound, so that no clip waits for kernels to be compiled; on CUDA only."""
@@ -185,7 +178,7 @@ class VaeEngine:
         Raises:
             OutOfMemory: with the numbers.
         """
-        with self._turn(self.plan(self.mode, *frame_HWC.shape[:2])), self._networks.encoding():
+        with self._turn(self.mode), self._networks.encoding():
             pixels_HWC = torch.from_numpy(frame_HWC).to(self._device)
             pixels_BCFHW = pixels_HWC.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
             return self._networks.video_vae.encode(pixels_BCFHW)[0].cpu()
@@ -200,7 +193,8 @@ class VaeEngine:
         Raises:
             OutOfMemory: they do not fit, or memory ran out in the next smaller layout, too; with the numbers.
         """
-        with self._turn(plan := self._plan_of(latent_CFHW, mode)):
+        plan = self._plan_of(latent_CFHW, mode)
+        with self._turn(plan.mode, plan):
             yield from self._decode_video(latent_CFHW, plan)
 
     def decode_audio(self, latent_SC: torch.Tensor) -> NDArray[np.float32]:
@@ -209,10 +203,10 @@ class VaeEngine:
         Raises:
             OutOfMemory: with the numbers.
         """
-        with self._turn(self.plan(self.mode, *largest_picture())):
+        with self._turn(self.mode):
             return self._decode_audio(latent_SC)
 
-    def spool_video(self, latent_CFHW: torch.Tensor, file: BinaryIO) -> Iterator[int]:
+    def spool_video(self, latent_CFHW: torch.Tensor, file: BinaryIO, mode: VramMode = VramMode.AUTO) -> Iterator[int]:
         """Append raw frames to `file`; yields the bytes readable so far after each chunk.
 
         A file stands between the device and the client, so that a slow client holds up neither device nor memory.
@@ -222,7 +216,7 @@ class VaeEngine:
             OutOfMemory: see `decode_video`.
         """
         size = 0
-        for frames_FHWC in self.decode_video(latent_CFHW):
+        for frames_FHWC in self.decode_video(latent_CFHW, mode):
             with _disk_full_is_exhaustion():
                 size += file.write(frames_FHWC.data) if len(frames_FHWC) else 0
                 file.flush()
@@ -248,19 +242,18 @@ class VaeEngine:
         """
         reset_peak(self._device)
         shape = VideoLatentShape(*video_CFHW.shape[1:])
+        plan = self._plan_of(video_CFHW, mode)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_disk_full_is_exhaustion())
-            stack.enter_context(self._turn(plan := self._plan_of(video_CFHW, mode)))
-            sound_thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sound"))
-            sound = sound_thread.submit(self._decode_sound, audio_SC, num_clip_samples(shape.num_frames))
-            if self._networks.hosted:
-                futures.wait([sound])
+            stack.enter_context(self._turn(plan.mode, plan))
+            sound = self._begin_sound(audio_SC, num_clip_samples(shape.num_frames), stack)
             writer = stack.enter_context(
                 ClipWriter(path, height=shape.pixel_height, width=shape.pixel_width, provenance=provenance)
             )
             encoder = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="mp4"))
             encoding: Future[None] | None = None
-            for frames_FHWC in self._decode_video(video_CFHW, plan):
+            pictures = stack.enter_context(contextlib.closing(self._decode_video(video_CFHW, plan)))
+            for frames_FHWC in pictures:
                 if encoding is not None:
                     encoding.result()
                     yield ClipProgress(writer.num_frames, shape.num_frames)
@@ -276,64 +269,27 @@ class VaeEngine:
         return self.plan(mode, shape.pixel_height, shape.pixel_width)
 
     @contextlib.contextmanager
-    def _turn(self, plan: VaePlan) -> Iterator[None]:
-        """The weights are where the plan's mode wants them; afterwards the device is left to others as far as it says.
+    def _turn(self, mode: VramMode, plan: VaePlan | None = None) -> Iterator[None]:
+        """The weights are where the mode wants them; afterwards the device is left to others as far as it says.
 
         Raises:
             OutOfMemory: instead of PyTorch's own error; with the numbers.
         """
-        hosted = RECIPES[plan.mode].takes_turns
+        hosted = RECIPES[mode].takes_turns
         try:
             self._networks.place(hosted=hosted)
             yield
         except torch.OutOfMemoryError as error:
-            raise self._memory.ran_out(plan, _let_go(error)) from None
+            raise self.memory.ran_out(mode, plan, let_go(error)) from None
         finally:
-            if hosted or plan.mode is VramMode.ALL_GPU:
-                log.info("memory freed", mode=plan.mode.value, **freed(self._device))
+            if hosted or mode is VramMode.ALL_GPU:
+                log.info("memory freed", mode=mode.value, **freed(self._device))
 
-    def _decode_video(self, latent_CFHW: torch.Tensor, plan: VaePlan) -> Iterator[NDArray[np.uint8]]:
+    def _decode_video(self, latent_CFHW: torch.Tensor, plan: VaePlan) -> Generator[NDArray[np.uint8], None, None]:
         with self._networks.decoding():
-            pictures = self._decode_in_any_layout(latent_CFHW.to(self._device), plan)
+            pictures = self._pictures.decode(latent_CFHW.to(self._device), plan.layout)
             for levels_FHWC in self._networks.video_vae.regroup(pictures, self._chunk_latent_frames):
                 yield levels_FHWC.numpy()
-
-    def _decode_in_any_layout(self, latent_CFHW: torch.Tensor, plan: VaePlan) -> Iterator[torch.Tensor]:
-        """Levels on the host, step by step. If memory runs out it is begun again, once, in the next smaller layout."""
-        given = 0
-        smaller = self._memory.smaller(plan.layout)
-        try:
-            for levels_FHWC in self._decode_in(plan.layout, latent_CFHW):
-                given += len(levels_FHWC)
-                yield levels_FHWC
-            return
-        except torch.OutOfMemoryError as error:
-            if smaller is None:
-                raise
-            reason = _let_go(error)
-        freed(self._device)
-        log.warning("memory ran out; the clip is begun again", layout=plan.layout, smaller=smaller, reason=reason)
-        seen = 0
-        for levels_FHWC in self._decode_in(smaller, latent_CFHW):
-            yield levels_FHWC[max(0, given - seen) :]
-            seen += len(levels_FHWC)
-
-    def _decode_in(self, layout: VaeLayout, latent_CFHW: torch.Tensor) -> Iterator[torch.Tensor]:
-        vae = self._networks.video_vae
-        per_step = min(layout.latent_frames_per_step, vae.decoder.ops.latent_frames_per_step)
-
-        def decode(window: Window | None = None) -> Iterator[torch.Tensor]:
-            if self._pictures is not None:
-                pictures = self._pictures(latent_CFHW, per_step)
-            else:
-                pictures = vae.decode(latent_CFHW, torch.uint8, window=window, latent_frames_per_step=per_step)
-            return _copied_to_host(pictures, self._device) if self._device.type == "cuda" else pictures
-
-        if layout.tile_latent_side is None:
-            return decode()
-        shape = VideoLatentShape(*latent_CFHW.shape[1:])
-        tiles = cut_tiles(shape.height, shape.width, layout.tile_latent_side, vae.decoder.reach)
-        return decode_tiled(decode, tiles, shape)
 
     def _decode_audio(self, latent_SC: torch.Tensor) -> NDArray[np.float32]:
         networks = self._networks
@@ -341,6 +297,18 @@ class VaeEngine:
             latent_BCL = latent_SC.to(self._device, torch.float32).T[None]
             samples: NDArray[np.float32] = networks.vocoder(networks.audio_vae.decode(latent_BCL))[0].cpu().numpy()
         return samples
+
+    def _begin_sound(
+        self, audio_SC: torch.Tensor, num_samples: int, stack: contextlib.ExitStack
+    ) -> Future[NDArray[np.float32]]:
+        """So many samples. Weights that are there for a turn come and go before the pictures' come."""
+        if not self._networks.hosted:
+            thread = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sound"))
+            return thread.submit(self._decode_sound, audio_SC, num_samples)
+        sound: Future[NDArray[np.float32]] = Future()
+        sound.set_result(fit_length(self._decode_audio(audio_SC), num_samples))
+        freed(self._device)
+        return sound
 
     def _decode_sound(self, audio_SC: torch.Tensor, num_samples: int) -> NDArray[np.float32]:
         if self._device.type != "cuda":
@@ -360,32 +328,6 @@ def load_decoding(options: VaeOptions) -> VideoVae:
     torch.backends.cudnn.allow_tf32 = False
     ops = select_ops(stage.device, options.kernels)
     return load_video_vae(stage.checkpoints / VIDEO_VAE_FILE, stage.device, stage.precision, ops=ops)
-
-
-def _let_go(error: torch.OutOfMemoryError) -> str:
-    """Why memory ran out, in the allocator's words. What the frames of the error hold would live as long as it does."""
-    traceback.clear_frames(error.__traceback__)
-    return str(error).splitlines()[0]
-
-
-def _copied_to_host(pictures: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """The same on the host. While one is copied, the device works at the next."""
-    copies = torch.cuda.Stream(device)
-    ahead: tuple[torch.Tensor, torch.cuda.Event] | None = None
-    for levels_FHWC in pictures:
-        copies.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(copies):
-            host_FHWC = torch.empty(levels_FHWC.shape, dtype=levels_FHWC.dtype, pin_memory=True)
-            host_FHWC.copy_(levels_FHWC, non_blocking=True)
-            levels_FHWC.record_stream(copies)
-            copied = copies.record_event()
-        if ahead is not None:
-            ahead[1].synchronize()
-            yield ahead[0]
-        ahead = host_FHWC, copied
-    if ahead is not None:
-        ahead[1].synchronize()
-        yield ahead[0]
 
 
 def _add_chunk(writer: ClipWriter, frames_FHWC: NDArray[np.uint8], sound: Future[NDArray[np.float32]]) -> None:

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 import torch
 
 from services.vae.config import VaeOptions
-from services.vae.engine import PictureSource, VaeEngine, load_decoding
+from services.vae.decoding import PictureSource
+from services.vae.engine import VaeEngine, load_decoding
+from services.vae.memory import VaeMemory
 from services.vae.model.video_vae import VideoVae
 from services.vae.parallel import connect_ranks, decode_striped
 from shared.group.control import Command, ControlChannel
 from shared.group.ranks import Fellowship, join_group
 from shared.group.steps import follow, follow_steps, lead, load_together
+from shared.memory.modes import VramMode
 
 _DECODE = "decode"
+_PER_STEP = "latent_frames_per_step"
 _WHAT = "the VAE"
 
 
@@ -25,14 +29,18 @@ def join_decoders(options: VaeOptions) -> Fellowship:
     return fellowship
 
 
-def load_leader(options: VaeOptions, fellowship: Fellowship) -> VaeEngine:
-    """The engine of rank 0, whose pictures are decoded by all ranks.
+def load_leader(options: VaeOptions, memory: VaeMemory, mode: VramMode, fellowship: Fellowship) -> VaeEngine:
+    """The engine of rank 0, whose pictures are decoded by all ranks; see `VaeEngine.load`.
 
     Raises:
         CheckpointError: a file could not be loaded, here or on another rank.
     """
     channel = fellowship.channel
-    return load_together(lambda: VaeEngine.load(options, lambda vae: led_pictures(vae, channel)), _WHAT, channel)
+
+    def load() -> VaeEngine:
+        return VaeEngine.load(options, memory, mode, lambda vae: led_pictures(vae, channel))
+
+    return load_together(load, _WHAT, channel)
 
 
 def run_follower(options: VaeOptions, fellowship: Fellowship) -> None:
@@ -43,6 +51,7 @@ def run_follower(options: VaeOptions, fellowship: Fellowship) -> None:
         RuntimeError: rank 0 is gone, or a collective failed; the process should end.
     """
     channel = fellowship.channel
+    VaeMemory.of(options)  # keeps this process to its limit
     vae = load_together(lambda: load_decoding(options), _WHAT, channel)
     follow(fellowship, {_DECODE: lambda command: decode_as_told(vae, command, channel)})
 
@@ -50,8 +59,9 @@ def run_follower(options: VaeOptions, fellowship: Fellowship) -> None:
 def led_pictures(vae: VideoVae, channel: ControlChannel) -> PictureSource:
     """On rank 0: pictures of which every rank decodes its rows."""
 
-    def pictures(latent_CFHW: torch.Tensor) -> Iterator[torch.Tensor]:
-        return lead(channel, Command(_DECODE, {}, {"latent_CFHW": latent_CFHW}), decode_striped(vae, latent_CFHW))
+    def pictures(latent_CFHW: torch.Tensor, latent_frames_per_step: int) -> Iterator[torch.Tensor]:
+        command = Command(_DECODE, {_PER_STEP: latent_frames_per_step}, {"latent_CFHW": latent_CFHW})
+        return lead(channel, command, decode_striped(vae, latent_CFHW, latent_frames_per_step))
 
     return pictures
 
@@ -60,4 +70,5 @@ def decode_as_told(vae: VideoVae, command: Command, channel: ControlChannel) -> 
     """On the other ranks: this rank's rows of the latent in a command of rank 0."""
     latent_CFHW = command.tensors["latent_CFHW"]
     assert latent_CFHW is not None
-    follow_steps(channel, decode_striped(vae, latent_CFHW.to(vae.mean_C111.device)))
+    latent_CFHW = latent_CFHW.to(vae.mean_C111.device)
+    follow_steps(channel, decode_striped(vae, latent_CFHW, command.fields[_PER_STEP]))

@@ -83,21 +83,28 @@ class RankStripe:
         ]
 
 
-def decode_striped(vae: VideoVae, latent_CFHW: torch.Tensor) -> Iterator[torch.Tensor]:
+def decode_striped(
+    vae: VideoVae, latent_CFHW: torch.Tensor, latent_frames_per_step: int | None = None
+) -> Iterator[torch.Tensor]:
     """Levels 0 to 255 of a whole latent that all ranks have, step by step: on rank 0 (f, 16H, 16W, 3).
 
     The other ranks get their own rows, those without any an empty tensor, as often as rank 0 gets pictures.
+
+    Args:
+        vae: on this rank's device.
+        latent_CFHW: normalised.
+        latent_frames_per_step: if not that of the operations.
     """
     heights = stripe_heights(latent_CFHW.shape[2], dist.get_world_size())
     rank = dist.get_rank()
     if not heights[rank]:
-        per_step = vae.decoder.ops.latent_frames_per_step
+        per_step = latent_frames_per_step or vae.decoder.ops.latent_frames_per_step
         for _ in range(1 + -(-(latent_CFHW.shape[1] - 1) // per_step)):
             yield torch.empty(0, 0, 0, PIXEL_CHANNELS, dtype=torch.uint8)
         return
     stripe = RankStripe(heights)
     rows_CFHW = latent_CFHW.split([*heights], dim=2)[rank]
-    for levels_FHWC in vae.decode(rows_CFHW, torch.uint8, stripe):
+    for levels_FHWC in vae.decode(rows_CFHW, torch.uint8, stripe, latent_frames_per_step=latent_frames_per_step):
         yield stripe.collect(levels_FHWC)
 
 

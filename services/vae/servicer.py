@@ -14,12 +14,13 @@ import google_crc32c
 import grpc
 import torch
 
-from ovi.common.v1 import tensor_pb2
+from ovi.common.v1 import system_pb2, tensor_pb2
 from ovi.common.v1.generation_pb2 import Size
 from ovi.vae.v1 import vae_pb2 as pb
 from ovi.vae.v1 import vae_pb2_grpc as pb_grpc
 from services.vae.config import VaeOptions
 from services.vae.engine import ClipProgress, ClipWritten, VaeEngine, cover_frame
+from services.vae.memory import explain, largest_picture
 from services.vae.request import (
     MAX_AUDIO_LATENT_BYTES,
     MAX_VIDEO_LATENT_BYTES,
@@ -31,12 +32,16 @@ from services.vae.request import (
 )
 from services.vae.scratch import scratch_folder
 from shared.device_worker import DeviceWorker
-from shared.errors import FieldViolation, InvalidRequest
+from shared.errors import FieldViolation, InvalidRequest, OutOfMemory
 from shared.generation_proto import size_to_proto
 from shared.logging import get_logger
+from shared.memory.modes import RECIPES, VramMode
+from shared.memory.turns import DeviceTurns, device_key
 from shared.pictures import MAX_PICTURE_BYTES, open_picture
 from shared.service_main import device_name
 from shared.shapes import FPS, SAMPLE_RATE_HZ, VideoLatentShape
+from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto
+from shared.system_service import PlanWish
 from shared.tensors.framing import CHUNK_BYTES, TensorSpec, spec_from_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
@@ -64,6 +69,13 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         self._resolver = resolver
         self._tensors = tensors
         self._options = options
+        self._turns = DeviceTurns(device_key(options.stage.device))
+
+    def turn(self, *modes: VramMode) -> contextlib.AbstractAsyncContextManager[None]:
+        """Have the device within, if one of these modes takes turns."""
+        if any(RECIPES[mode].takes_turns for mode in modes):
+            return self._turns.turn()
+        return contextlib.nullcontext()
 
     async def EncodeImage(
         self, request_iterator: AsyncIterator[pb.EncodeImageRequest], context: grpc.aio.ServicerContext
@@ -71,7 +83,8 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         size, data = await _receive_picture(request_iterator)
         picture = await asyncio.to_thread(open_picture, data, field="image")
         frame_HWC = await asyncio.to_thread(cover_frame, picture, size.height, size.width)
-        latent_CFHW = await self._worker.run(lambda: self._engine().encode_image(frame_HWC))
+        async with self.turn(self._engine().mode):
+            latent_CFHW = await self._worker.run(lambda: self._engine().encode_image(frame_HWC))
         return pb.EncodeImageResponse(latent=self._tensors.publish(self._tensors.store.put(latent_CFHW)))
 
     async def DecodeClip(
@@ -80,14 +93,14 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         references = {"video_latent": request.video_latent, "audio_latent": request.audio_latent}
         provenance = dict(request.provenance)
         _check_references(references, check_provenance(provenance))
+        mode = self._planned(request.video_latent, vram_mode_from_proto(request.vram_mode, field="vram_mode"))
         latents = await self._fetch(references)
-        begun_s = time.monotonic()
         with scratch_folder() as folder:
             path = folder / "clip.mp4"
-            events = self._worker.stream(
-                lambda: self._engine().decode_clip(latents["video_latent"], latents["audio_latent"], provenance, path)
-            )
-            async with contextlib.aclosing(events):
+            given = (latents["video_latent"], latents["audio_latent"], provenance, path, mode)
+            events = self._worker.stream(lambda: self._engine().decode_clip(*given))
+            async with self.turn(mode), contextlib.aclosing(events):
+                begun_s = time.monotonic()
                 async for event in events:
                     if isinstance(event, ClipProgress):
                         yield pb.DecodeClipResponse(progress=_progress(event))
@@ -96,6 +109,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             seconds = round(time.monotonic() - begun_s, 3)
             log.info(
                 "clip decoded",
+                mode=mode.value,
                 num_frames=written.num_frames,
                 num_bytes=path.stat().st_size,
                 seconds=seconds,
@@ -113,18 +127,23 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
     ) -> AsyncIterator[pb.DecodeVideoResponse]:
         references = {"video_latent": request.video_latent}
         _check_references(references)
+        mode = self._planned(request.video_latent, VramMode.AUTO)
         latent_CFHW = (await self._fetch(references))["video_latent"]
         shape = VideoLatentShape(*latent_CFHW.shape[1:])
         size = size_to_proto(shape.pixel_height, shape.pixel_width)
         yield pb.DecodeVideoResponse(header=pb.VideoHeader(num_frames=shape.num_frames, size=size, fps=FPS))
         with tempfile.TemporaryFile() as file:
-            ends = self._worker.stream(lambda: self._engine().spool_video(latent_CFHW, file))
-            start = 0
-            async with contextlib.aclosing(ends):
+            ends = self._worker.stream(lambda: self._engine().spool_video(latent_CFHW, file, mode))
+            start = end = 0
+            async with self.turn(mode), contextlib.aclosing(ends):
                 async for end in ends:
-                    async for chunk in _chunks(file, start, end):
-                        yield pb.DecodeVideoResponse(chunk=chunk)
-                    start = end
+                    # Nobody else's turn shall wait for a slow client.
+                    if not RECIPES[mode].takes_turns:
+                        async for chunk in _chunks(file, start, end):
+                            yield pb.DecodeVideoResponse(chunk=chunk)
+                        start = end
+            async for chunk in _chunks(file, start, end):
+                yield pb.DecodeVideoResponse(chunk=chunk)
 
     async def DecodeAudio(
         self, request: pb.DecodeAudioRequest, context: grpc.aio.ServicerContext
@@ -132,7 +151,8 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         references = {"audio_latent": request.audio_latent}
         _check_references(references)
         latent_SC = (await self._fetch(references))["audio_latent"]
-        samples = await self._worker.run(lambda: self._engine().decode_audio(latent_SC))
+        async with self.turn(self._engine().mode):
+            samples = await self._worker.run(lambda: self._engine().decode_audio(latent_SC))
         header = pb.AudioHeader(num_samples=len(samples), sample_rate_hz=SAMPLE_RATE_HZ)
         yield pb.DecodeAudioResponse(header=header)
         values = samples.astype("<f4").data.cast("B")
@@ -151,6 +171,51 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             num_ranks=self._options.ranks.world_size,
         )
 
+    def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:
+        """What a wish would take; for SystemService."""
+        _check_model(wish.model)
+        size = wish.size or largest_picture()
+        if violations := check_size(*size, field="size"):
+            raise InvalidRequest(violations)
+        engine = self._engine()
+        mode = engine.mode if wish.mode is VramMode.AUTO else wish.mode
+        lacking = None
+        try:
+            plan = engine.plan(mode, *size)
+        except OutOfMemory as error:
+            plan, lacking = engine.memory.least(mode, *size), error.message
+        return memory_plan_to_proto(
+            plan.mode,
+            plan.components,
+            plan.budget_bytes,
+            allocation=self._allocation,
+            fits=lacking is None,
+            explanation=lacking or explain(plan, *size),
+        )
+
+    async def set_mode(self, mode: VramMode, model: str) -> system_pb2.MemoryPlan:
+        """Switch between two calls; for SystemService."""
+        _check_model(model)
+        settled = self._engine().memory.settle(mode)
+        async with self.turn(self._engine().mode, settled):
+            await self._worker.run(lambda: self._engine().set_mode(settled))
+        return self.plan(PlanWish(VramMode.AUTO, "", None))
+
+    @property
+    def _allocation(self) -> str:
+        num_ranks = self._options.ranks.world_size
+        return "single" if num_ranks == 1 else f"pictures {num_ranks}"
+
+    def _planned(self, video_latent: tensor_pb2.TensorRef, mode: VramMode) -> VramMode:
+        """The mode in which a checked latent is decoded.
+
+        Raises:
+            OutOfMemory: it does not fit; nothing was done.
+            InvalidRequest: the mode is not for this service.
+        """
+        shape = VideoLatentShape(*video_latent.spec.shape[1:])
+        return self._engine().plan(mode, shape.pixel_height, shape.pixel_width).mode
+
     async def _fetch(self, references: Mapping[str, tensor_pb2.TensorRef]) -> dict[str, torch.Tensor]:
         """The latents behind checked references. Their leases stay: whoever asked may ask again."""
         fetches = (
@@ -162,6 +227,11 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         if violations:
             raise InvalidRequest(violations)
         return latents
+
+
+def _check_model(model: str) -> None:
+    if model:
+        raise InvalidRequest.of("model", f"got {model[:100]!r}; this stage serves every variant, leave it empty")
 
 
 async def _receive_picture(requests: AsyncIterator[pb.EncodeImageRequest]) -> tuple[Size, bytes]:

@@ -19,6 +19,7 @@ from ovi.vae.v1 import vae_pb2 as pb
 from ovi.vae.v1 import vae_pb2_grpc as pb_grpc
 from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
 from services.vae.engine import ClipWritten, VaeEngine
+from services.vae.networks import Networks
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
@@ -98,9 +99,11 @@ def test_the_clip_is_that_of_one_process(stub, put, checkpoints, tmp_path) -> No
     served, direct = tmp_path / "served.mp4", tmp_path / "direct.mp4"
     served.write_bytes(b"".join(event.chunk for event in events))
     engine = VaeEngine(
-        load_video_vae(checkpoints / VIDEO_VAE_FILE, CPU, torch.float32),
-        load_audio_vae(checkpoints / AUDIO_VAE_FILE, CPU),
-        load_vocoder(checkpoints / VOCODER_FILE, CPU),
+        Networks(
+            load_video_vae(checkpoints / VIDEO_VAE_FILE, CPU, torch.float32),
+            load_audio_vae(checkpoints / AUDIO_VAE_FILE, CPU),
+            load_vocoder(checkpoints / VOCODER_FILE, CPU),
+        ),
         chunk_latent_frames=1,
         fingerprint="",
     )

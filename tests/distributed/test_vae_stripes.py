@@ -16,6 +16,7 @@ from services.vae.engine import VaeEngine
 from services.vae.group import decode_as_told, led_pictures
 from services.vae.model.video_layers import ReferenceOps
 from services.vae.model.video_vae import VideoVae
+from services.vae.networks import Networks
 from services.vae.parallel import RankStripe, connect_ranks, decode_striped, stripe_heights
 from shared.errors import DiskFull
 from shared.group.control import ControlChannel
@@ -76,9 +77,7 @@ def spool_on_ranks(folder: str) -> dict[str, torch.Tensor]:
         return {}
     checkpoints = Path(folder)
     engine = VaeEngine(
-        vae,
-        load_audio_vae(checkpoints / AUDIO_VAE_FILE, CPU),
-        load_vocoder(checkpoints / VOCODER_FILE, CPU),
+        Networks(vae, load_audio_vae(checkpoints / AUDIO_VAE_FILE, CPU), load_vocoder(checkpoints / VOCODER_FILE, CPU)),
         chunk_latent_frames=1,
         fingerprint="",
         pictures=led_pictures(vae, channel),

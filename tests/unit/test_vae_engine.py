@@ -16,6 +16,7 @@ from PIL import Image
 from services.vae.checkpoint import load_audio_vae, load_video_vae, load_vocoder
 from services.vae.engine import ClipProgress, ClipWritten, VaeEngine, cover_frame, fit_length
 from services.vae.mp4 import num_clip_samples
+from services.vae.networks import Networks
 from shared.errors import DiskFull
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
 from tests.vae_checkpoint import write_checkpoint
@@ -30,9 +31,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _engine(folder: Path, chunk_latent_frames: int) -> VaeEngine:
     return VaeEngine(
-        load_video_vae(folder / VIDEO_VAE_FILE, CPU, torch.float32),
-        load_audio_vae(folder / AUDIO_VAE_FILE, CPU),
-        load_vocoder(folder / VOCODER_FILE, CPU),
+        Networks(
+            load_video_vae(folder / VIDEO_VAE_FILE, CPU, torch.float32),
+            load_audio_vae(folder / AUDIO_VAE_FILE, CPU),
+            load_vocoder(folder / VOCODER_FILE, CPU),
+        ),
         chunk_latent_frames=chunk_latent_frames,
         fingerprint="",
     )
@@ -105,7 +108,7 @@ def test_steps_of_several_latent_frames_are_handed_over_by_the_chunk(
     engine: VaeEngine, chunk: int, lengths: list[int]
 ) -> None:
     pictures = torch.arange(17)
-    chunks = list(engine._video_vae.regroup(pictures.split([1, 8, 8]), chunk))
+    chunks = list(engine._networks.video_vae.regroup(pictures.split([1, 8, 8]), chunk))
     assert [len(part) for part in chunks] == lengths
     assert torch.equal(torch.cat(chunks), pictures)
 
@@ -137,7 +140,9 @@ def test_pictures_do_not_wait_for_sound(engine: VaeEngine, tmp_path: Path) -> No
     video, audio = latent(48, 4, 2, 2), latent(4, 20)
     list(engine.decode_clip(video, audio, {}, tmp_path / "free.mp4"))
     go_on = threading.Event()
-    hook = engine._vocoder.register_forward_pre_hook(lambda *_: None if go_on.wait(60) else pytest.fail("held up"))
+    hook = engine._networks.vocoder.register_forward_pre_hook(
+        lambda *_: None if go_on.wait(60) else pytest.fail("held up")
+    )
     events = engine.decode_clip(video, audio, {}, tmp_path / "held.mp4")
     before = [next(events) for _ in range(3)]
     go_on.set()
