@@ -48,7 +48,7 @@ async def run(options: VaeOptions) -> None:
             vae_pb2.DESCRIPTOR.services_by_name["VaeService"].full_name,
             lambda server: vae_pb2_grpc.add_VaeServiceServicer_to_server(servicer, server),
         ),
-        system_service(watcher, servicer.plan, servicer.set_mode),
+        system_service(watcher, servicer.plan, servicer.set_mode, device=str(stage.device)),
     ]
 
     async def load() -> None:

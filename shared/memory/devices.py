@@ -66,17 +66,25 @@ class Devices:
         self._environment = environment
         self._nvml: Nvml | None = None
         self._gpus: list[Gpu | None] | None = None
+        self._used: set[int] = set()
+        """Of those that only PyTorch tells of: where this process certainly has a context."""
         self._cpu = _Cpu()
         self._lock = threading.Lock()
         if not hip and cuda.device_count() > 0:
             self._nvml = _opened(nvml)
 
-    def look(self) -> tuple[DeviceState, ...]:
-        """The devices now. Meant to be quick: 100 ms for 8 GPUs is far too long."""
-        with self._lock:
-            return (*map(self._gpu, range(self._cuda.device_count())), self._cpu.look())
+    def look(self, *, make_contexts: bool = True) -> tuple[DeviceState, ...]:
+        """The devices now. Meant to be quick: 100 ms for 8 GPUs is far too long.
 
-    def _gpu(self, index: int) -> DeviceState:
+        Args:
+            make_contexts: whether a GPU that only PyTorch can tell of may get a context of this process for it.
+                Otherwise it is left out until this process has memory there.
+        """
+        with self._lock:
+            gpus = [self._gpu(index, make_contexts) for index in range(self._cuda.device_count())]
+            return (*(gpu for gpu in gpus if gpu is not None), self._cpu.look())
+
+    def _gpu(self, index: int, make_contexts: bool) -> DeviceState | None:
         try:
             known = self._in_order(index)
             if known is not None:
@@ -84,7 +92,9 @@ class Devices:
         except NvmlLost as error:
             log.warning("the driver does not answer any more; devices are told without it", reason=str(error))
             self._nvml = self._gpus = None
-        return self._by_torch(index)
+        if self._own_bytes(index):
+            self._used.add(index)
+        return self._by_torch(index) if make_contexts or index in self._used else None
 
     def _in_order(self, index: int) -> Gpu | None:
         """NVML's view of PyTorch's device; None if it has none."""
@@ -127,7 +137,7 @@ class Devices:
 
     def _by_torch(self, index: int) -> DeviceState:
         properties = self._cuda.get_device_properties(index)
-        # Makes a context; nobody else could be asked.
+        # Makes a context if there is none; nobody else could be asked.
         free, total = self._cuda.mem_get_info(index)
         own = self._own_bytes(index)
         return DeviceState(

@@ -46,10 +46,10 @@ Source = Callable[[], Awaitable[Sight]]
 
 
 def own_devices(devices: Devices) -> Source:
-    """The devices of this host as a source; they are looked at in a thread."""
+    """The devices of this host as a source, looked at in a thread; a look takes nothing of them."""
 
     async def look() -> Sight:
-        return Sight(await asyncio.to_thread(devices.look))
+        return Sight(await asyncio.to_thread(devices.look, make_contexts=False))
 
     return look
 

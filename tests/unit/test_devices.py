@@ -15,7 +15,7 @@ from shared.errors import Unavailable
 from shared.memory.choose import DeviceFacts
 from shared.memory.device_state import DeviceState
 from shared.memory.devices import Devices
-from shared.memory.watcher import DeviceWatcher, Look, Sight
+from shared.memory.watcher import DeviceWatcher, Look, Sight, own_devices
 
 GIB = 2**30
 H200, H100, SPARK = "NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA GB10"
@@ -100,6 +100,7 @@ class RecordedCuda:
         self.order = order
         self.initialized = initialized
         self.contexts = 0
+        self.reserved = dict.fromkeys(range(len(order)), 3 * GIB)
 
     def device_count(self) -> int:
         return len(self.order)
@@ -117,7 +118,7 @@ class RecordedCuda:
         return 40 * GIB, 64 * GIB
 
     def memory_reserved(self, device):
-        return 3 * GIB
+        return self.reserved.get(device, 0)
 
 
 def looked(nvml, cuda, environment=None, *, hip=False) -> tuple[DeviceState, ...]:
@@ -202,6 +203,18 @@ def test_without_a_driver_library_torch_tells_what_it_can_and_the_reason_is_logg
     assert devices.look()[0].free_bytes == 40 * GIB and devices.look()[0].utilization is None
     said = "".join(capfd.readouterr())
     assert said.count("the driver cannot be asked") == 1 and said.count("Driver Not Loaded") == 1
+
+
+def test_a_service_makes_no_context_to_look():
+    cuda = RecordedCuda(order=(0, 1))
+    devices = Devices(nvml=RecordedNvml(missing=True), cuda=cuda, hip=False, environment={})
+    assert [one.name for one in devices.look(make_contexts=False)] == ["cpu"] and cuda.contexts == 0
+    cuda.initialized, cuda.reserved = True, {1: 3 * GIB}
+    assert [one.name for one in devices.look(make_contexts=False)] == ["cuda:1", "cpu"] and cuda.contexts == 1
+    cuda.reserved = {}
+    assert [one.name for one in devices.look(make_contexts=False)] == ["cuda:1", "cpu"], "its context is still there"
+    asyncio.run(own_devices(devices)())
+    assert cuda.contexts == 3
 
 
 def test_a_driver_that_stops_is_done_without(capfd):
