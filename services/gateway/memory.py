@@ -89,7 +89,7 @@ def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str,
         rooms = [plan.available_bytes or math.inf for plan in alone]
         if takes_turns:
             total = sum(contexts) + max(plan.total_bytes - own for plan, own in zip(alone, contexts, strict=True))
-            room = max(rooms)
+            room = sum(contexts) + max(room - own for room, own in zip(rooms, contexts, strict=True))
         else:
             total = sum(plan.total_bytes for plan in alone)
             room = sum(rooms)

@@ -79,6 +79,15 @@ def test_stages_that_each_fit_need_not_fit_together():
     assert not combined_plan(plans, {"GPU-0": 64}).fits, "but the contexts stay"
 
 
+def test_what_a_stage_may_use_leaves_the_other_contexts_alone():
+    """As `ovi up` shares out a device of 75: all contexts first, then each stage may have the rest in its turn."""
+    plans = {
+        stage: plan(VramMode.STREAMED, total, available=65) for stage, total in ((FUSION, 65), (VAE, 30), (TEXT, 9))
+    }
+    combined = combined_plan(plans, {"GPU-0": 80})
+    assert combined.fits and (combined.total_bytes, combined.available_bytes) == (75, 75)
+
+
 def test_a_stage_that_does_not_fit_is_named():
     plans = {FUSION: plan(VramMode.STREAMED, 60), VAE: plan(VramMode.STREAMED, 50, available=40)}
     combined = combined_plan(plans, {})
