@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from services.fusion.ops import Execution, select_ops
 from services.fusion.parallel.agreement import bind_agreement
 from services.fusion.parallel.groups import Groups
 from services.fusion.parallel.parallelize import make_predictor
-from services.fusion.planner import MemoryPlanner, explain, largest_clip
+from services.fusion.planner import MemoryPlanner, explain
 from services.fusion.request import RunInputs, RunSpec, ServedVariant
 from services.fusion.sampling.denoise import (
     Conditions,
@@ -28,7 +29,7 @@ from services.fusion.sampling.denoise import (
     draw_noise,
 )
 from shared.device_memory import freed, peak_gib, reset_peak
-from shared.errors import CheckpointError, InvalidRequest
+from shared.errors import CheckpointError, InvalidRequest, OutOfMemory
 from shared.logging import get_logger
 from shared.memory.choose import FusionPlan
 from shared.memory.modes import RECIPES, VramMode, WeightFormat
@@ -103,11 +104,11 @@ class FusionEngine:
         return self._holder.model
 
     def discover(self) -> None:
-        """Check the header of every variant's file that is in the folder, and choose a mode that suits all of them.
+        """Check the header of every variant's file that is in the folder, and choose a mode; see `settle`.
 
         Raises:
             CheckpointError: no file is there, or none fits.
-            OutOfMemory: the mode takes more than there is, or every mode does.
+            OutOfMemory: in the mode, or in every one, not even the smallest variant fits.
         """
         for variant in VARIANTS.values():
             path = self._checkpoints / variant.file
@@ -125,8 +126,9 @@ class FusionEngine:
             why = "; ".join(self.problems.values()) or f"none of {files} is there; see `ovi models check`"
             raise CheckpointError(f"{self._checkpoints}: no fusion model can be served: {why}")
         self.mode = self.planner.settle(self.mode, list(self.served.values()))
-        largest = max(self.served.values(), key=lambda each: largest_clip(each).video)
-        log.info("memory mode", plan=explain(self.plan(largest.variant.id), largest))
+        for served in self.served.values():
+            with contextlib.suppress(OutOfMemory):  # said above; its jobs are refused with the numbers
+                log.info("memory mode", plan=explain(self.plan(served.variant.id), served))
 
     def _require_heads(self, file: FusionFile) -> None:
         degree = self._groups.sequence.size if self._groups is not None else 1

@@ -16,11 +16,14 @@ from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.request import ServedVariant
 from shared.device_memory import device_facts, free_to_take, limit_memory
 from shared.errors import CheckpointError, InvalidRequest, OutOfMemory
+from shared.logging import get_logger
 from shared.memory.choose import FusionPlan, Subject, choose_mode, gib, least_fusion, plan_fusion
 from shared.memory.modes import LOWER, RECIPES, VramMode, may_become
 from shared.memory.sizes import ClipTokens, FusionSizes
 from shared.shapes import common_sizes
 from shared.variants import VARIANTS
+
+log = get_logger(__name__)
 
 
 class MemoryPlanner:
@@ -76,22 +79,30 @@ class MemoryPlanner:
         return plan_fusion(sizes, largest_clip(served), mode, budget_bytes, subject=subject, **self._degrees)
 
     def settle(self, mode: VramMode, served: Sequence[ServedVariant]) -> VramMode:
-        """A mode that has a name and fits every one of these variants.
+        """A mode that has a name and fits the largest of these variants that fits at all.
 
         Args:
             mode: AUTO: the best that does.
             served: at least one.
 
         Raises:
-            OutOfMemory: see `plan`.
+            OutOfMemory: not even the smallest fits; see `plan`.
             InvalidRequest: see `plan`.
         """
-        largest = max(served, key=lambda each: largest_clip(each).video)
+        *larger, smallest = sorted(served, key=lambda each: largest_clip(each).video, reverse=True)
+        for each in larger:
+            try:
+                return self._settle(mode, each)
+            except OutOfMemory as error:
+                log.warning("variant does not fit", model=each.variant.id, reason=error.message)
+        return self._settle(mode, smallest)
+
+    def _settle(self, mode: VramMode, served: ServedVariant) -> VramMode:
         if mode is not VramMode.AUTO:
-            return self.plan(largest, mode).mode
+            return self.plan(served, mode).mode
         if self._device.type == "cpu" or not self._alone:
-            return self.plan(largest, VramMode.STANDARD).mode
-        return choose_mode(self._facts, lambda each: self.plan(largest, each)).mode
+            return self.plan(served, VramMode.STANDARD).mode
+        return choose_mode(self._facts, lambda each: self.plan(served, each)).mode
 
     def lower(self, served: ServedVariant, wanted: VramMode, mode: VramMode, reason: str) -> VramMode:
         """The mode for a run whose memory ran out.
