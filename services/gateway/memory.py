@@ -64,7 +64,7 @@ def merged_devices(answers: Sequence[StageDevices]) -> dict[str, DeviceState]:
     }
 
 
-def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str, int]) -> pb.MemoryPlan:
+def combined_plan(plans: Mapping[str, pb.MemoryPlan], devices: Mapping[str, DeviceState]) -> pb.MemoryPlan:
     """The plan of a stack: that of its fullest device.
 
     In a mode whose stages take turns each process keeps its context, and one at a time has the rest; else all of them
@@ -72,8 +72,8 @@ def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str,
 
     Args:
         plans: by stage; "fusion" is there, and its mode is the stack's.
-        device_bytes: all memory of a device, by `pb.MemoryPlan.device`, as far as it is known; plans say by it which
-            device they share, and one that says none is taken to share fusion's.
+        devices: by `pb.MemoryPlan.device`, as far as they are known; plans say by it which device they share, and one
+            that says none is taken to share fusion's.
     """
     fusion = plans["fusion"]
     mode = vram_mode_from_proto(fusion.vram_mode, field="vram_mode")
@@ -81,7 +81,7 @@ def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str,
     sharing: dict[str, dict[str, pb.MemoryPlan]] = {}
     for stage, plan in plans.items():
         sharing.setdefault(plan.device or fusion.device, {})[stage] = plan
-    devices = []
+    needs = []
     for device, by_stage in sharing.items():
         alone = list(by_stage.values())
         contexts = [plan.component_bytes.get(CONTEXT, 0) for plan in alone]
@@ -93,9 +93,11 @@ def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str,
         else:
             total = sum(plan.total_bytes for plan in alone)
             room = sum(rooms)
-        devices.append((device, total, min(room, device_bytes.get(device, math.inf)), by_stage))
-    device, total, room, by_stage = max(devices, key=lambda entry: (entry[1] - entry[2], entry[1]))
-    fits = all(plan.fits for plan in plans.values()) and all(total <= room for _, total, room, _ in devices)
+        if device in devices:
+            room = min(room, _ours(devices[device], sum(contexts)))
+        needs.append((device, total, room, by_stage))
+    device, total, room, by_stage = max(needs, key=lambda need: (need[1] - need[2], need[1]))
+    fits = all(plan.fits for plan in plans.values()) and all(total <= room for _, total, room, _ in needs)
     available = 0 if room == math.inf else int(room)
     return pb.MemoryPlan(
         vram_mode=fusion.vram_mode,
@@ -109,6 +111,11 @@ def combined_plan(plans: Mapping[str, pb.MemoryPlan], device_bytes: Mapping[str,
         explanation=_explained(plans, fits, f"{mode.value} takes {gib(total)}", available),
         device=device,
     )
+
+
+def _ours(device: DeviceState, context_bytes: int) -> int:
+    """What the stack may have of a device: all but what others have, among which its own contexts may be counted."""
+    return device.total_bytes - max(0, device.others_bytes - context_bytes)
 
 
 def _explained(plans: Mapping[str, pb.MemoryPlan], fits: bool, takes: str, available: int) -> str:

@@ -122,4 +122,4 @@ class StackSystem:
             if plan.device and plan.device not in self.devices:
                 plan.device = named_key(host_of(client.address), plan.device)
             by_stage[label] = plan
-        return combined_plan(by_stage, {key: device.total_bytes for key, device in self.devices.items()})
+        return combined_plan(by_stage, self.devices)

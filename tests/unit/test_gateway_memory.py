@@ -38,6 +38,10 @@ def plan(mode: VramMode, total: int, *, available: int = 100, context: int = 5, 
     )
 
 
+def gpu(total: int, others: int = 0) -> DeviceState:
+    return DeviceState("cuda:0", "card", "GPU-0", "cuda", total, 0, 0, others)
+
+
 def brute_force(plans: dict[str, pb.MemoryPlan], takes_turns: bool) -> dict[str, int]:
     """Most bytes of each device over every moment: whose turn it is, or all at once."""
     most: dict[str, int] = {}
@@ -60,7 +64,7 @@ def test_a_stack_takes_what_its_stages_take_at_the_worst_moment(mode, devices):
         stage: plan(mode, total, context=context, device=device)
         for stage, total, context, device in zip((FUSION, VAE, TEXT), totals, contexts, devices, strict=True)
     }
-    combined = combined_plan(plans, dict.fromkeys(devices, 100))
+    combined = combined_plan(plans, {uuid: gpu(100) for uuid in devices})
     expected = brute_force(plans, RECIPES[mode].takes_turns)
     assert combined.total_bytes == expected[combined.device] == max(expected.values())
     assert combined.fits and combined.vram_mode == vram_mode_to_proto(mode) and combined.explanation == "40 of 100"
@@ -69,14 +73,14 @@ def test_a_stack_takes_what_its_stages_take_at_the_worst_moment(mode, devices):
 
 def test_stages_that_each_fit_need_not_fit_together():
     plans = {FUSION: plan(VramMode.STANDARD, 60), VAE: plan(VramMode.STANDARD, 50)}
-    for known, fits in (({"GPU-0": 100}, False), ({"GPU-0": 110}, True), ({}, True)):
+    for known, fits in (({"GPU-0": gpu(100)}, False), ({"GPU-0": gpu(110)}, True), ({}, True)):
         assert combined_plan(plans, known).fits is fits
-    lacking = combined_plan(plans, {"GPU-0": 100})
+    lacking = combined_plan(plans, {"GPU-0": gpu(100)})
     assert (lacking.total_bytes, lacking.available_bytes) == (110, 100)
     assert "standard takes" in lacking.explanation and "all stages together" in lacking.explanation
     plans = {FUSION: plan(VramMode.STREAMED, 60), VAE: plan(VramMode.STREAMED, 50)}
-    assert combined_plan(plans, {"GPU-0": 100}).fits, "they have it one after the other"
-    assert not combined_plan(plans, {"GPU-0": 64}).fits, "but the contexts stay"
+    assert combined_plan(plans, {"GPU-0": gpu(100)}).fits, "they have it one after the other"
+    assert not combined_plan(plans, {"GPU-0": gpu(64)}).fits, "but the contexts stay"
 
 
 def test_what_a_stage_may_use_leaves_the_other_contexts_alone():
@@ -84,8 +88,15 @@ def test_what_a_stage_may_use_leaves_the_other_contexts_alone():
     plans = {
         stage: plan(VramMode.STREAMED, total, available=65) for stage, total in ((FUSION, 65), (VAE, 30), (TEXT, 9))
     }
-    combined = combined_plan(plans, {"GPU-0": 80})
+    combined = combined_plan(plans, {"GPU-0": gpu(80)})
     assert combined.fits and (combined.total_bytes, combined.available_bytes) == (75, 75)
+
+
+def test_what_others_have_is_not_for_the_stack_but_its_own_contexts_are():
+    plans = {FUSION: plan(VramMode.STANDARD, 60), VAE: plan(VramMode.STANDARD, 40)}
+    for others, fits in ((0, True), (10, True), (11, False)):
+        combined = combined_plan(plans, {"GPU-0": gpu(100, others)})
+        assert combined.fits is fits and combined.available_bytes == 100 - max(0, others - 10)
 
 
 def test_a_stage_that_does_not_fit_is_named():
@@ -108,7 +119,7 @@ def test_what_nothing_limits_fits_unless_the_device_is_too_small():
     plans = {FUSION: unlimited(60), VAE: unlimited(50)}
     free = combined_plan(plans, {})
     assert free.fits and (free.total_bytes, free.available_bytes) == (110, 0)
-    small = combined_plan(plans, {"GPU-0": 100})
+    small = combined_plan(plans, {"GPU-0": gpu(100)})
     assert not small.fits and small.available_bytes == 100
 
 
