@@ -69,7 +69,7 @@ def doctor(
     findings = [
         *_python(),
         *_packages(),
-        *_devices(),
+        *_devices(live_stack(data_dir.resolve()) is not None),
         *_attention(),
         *_weights(checkpoints),
         *_ports(data_dir.resolve(), grpc_port, http_port),
@@ -119,7 +119,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding("gRPC stubs", Verdict.BAD, "not generated", "make protos")
 
 
-def _devices() -> Iterator[Finding]:
+def _devices(in_use: bool) -> Iterator[Finding]:
     import torch
 
     from shared.memory.devices import Devices
@@ -139,6 +139,9 @@ def _devices() -> Iterator[Finding]:
         what = [device.model, memory, f"capability {device.capability or 'unknown'}"]
         what += ["memory shared with the host"] if device.unified else []
         yield Finding(device.name, Verdict.GOOD, ", ".join([*what, *device.links]))
+    if in_use:
+        yield Finding("memory modes", Verdict.GOOD, "not planned now: what the running stack takes is not free")
+        return
     facts = [device.facts for device in states if device.facts is not None]
     for gpu in facts:
         yield from memory_findings([gpu], psutil.virtual_memory().available)

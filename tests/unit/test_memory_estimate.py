@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from cli.checkpoints.presets import PRESETS
+from services.fusion.checkpoint import FusionFile
+from services.fusion.memory.loading import load_streamed
 from services.fusion.model.config import RELEASED, FusionConfig
 from services.fusion.model.fusion import FusionModel
 from services.fusion.quantization import quantize
@@ -38,6 +41,7 @@ from shared.memory.sizes import (
     TextEncoderSizes,
     VaeSizes,
 )
+from tests.fusion_checkpoint import SMALL, write_variant
 
 GIB = 2**30
 CLIPS = {
@@ -87,6 +91,20 @@ def test_quantized_sizes_are_those_of_a_quantized_model(weights: WeightFormat) -
     for index, block in enumerate(model.fused_blocks):
         assert num_bytes(block) == block_bytes(sizes, weights, index)
     assert num_bytes(model) == fusion_weight_bytes(sizes, weights)
+
+
+@pytest.mark.parametrize("weights", list(WeightFormat))
+@pytest.mark.parametrize("num_resident", [0, 2, 5])
+def test_streamed_weights_take_what_the_stream_takes(tmp_path: Path, weights: WeightFormat, num_resident: int) -> None:
+    config = dataclasses.replace(SMALL, num_layers=5)
+    file = FusionFile.open(write_variant(tmp_path, "720x720_5s", config=config))
+    layout = FusionLayout(weights, num_resident, None, keep_ends=weights is WeightFormat.FP8 and num_resident >= 2)
+    _, stream = load_streamed(file, torch.device("cpu"), torch.float32, layout, packed=False)
+    clip = ClipTokens.of_clip(5, 64, 64, audio_length=3)
+    components = estimate_fusion(fusion_sizes(config, 4), clip, layout, hosted=True).by_name
+    # Units are laid out in steps of 256 bytes.
+    assert components["weights"] + components["ring"] == pytest.approx(stream.device_bytes, rel=0.15)
+    assert components["weights"] + components["ring"] <= stream.device_bytes
 
 
 def tensors_of(value: Any, found: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
