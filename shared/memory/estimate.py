@@ -267,7 +267,8 @@ def estimate_vae(
 
 def _tile_side(side: int, tile_side: int) -> int:
     """What is decoded of a picture's side for the largest of equal tiles of at most `tile_side`."""
-    return min(side, -(-side // -(-side // tile_side)) + 2 * TILE_REACH)
+    count = -(-side // tile_side)
+    return min(side, -(-side // count) + min(count - 1, 2) * TILE_REACH)
 
 
 def estimate_text_encoder(sizes: TextEncoderSizes, place: TextEncoderPlace) -> Components:

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.vae import shapes_only
 from services.vae.model.video_decoder import VideoDecoder
-from services.vae.model.video_layers import Window
 from services.vae.model.video_vae import RELEASED_VIDEO_VAE, wan_network
 from services.vae.ops import FusedOps
+from services.vae.tiles import cut_tiles
 from shared.memory.choose import plan_vae
 from shared.memory.estimate import TILE_REACH, VaeLayout, estimate_vae
 from shared.memory.modes import VramMode
@@ -44,15 +44,13 @@ def decoder() -> VideoDecoder:
     ids=str,
 )
 def test_the_estimate_is_what_the_tensors_take(decoder: VideoDecoder, size: tuple[int, int], layout: VaeLayout) -> None:
-    """Some steps, so that all past frames are there; of tiles the largest, which is in the middle."""
+    """Some steps, so that all past frames are there; of tiles the one that sees most."""
     sides = [side // 16 for side in size]
     latent_FHWC = torch.empty(7, *sides, 48, dtype=torch.bfloat16, device=META)
     window = None
     if layout.tile_latent_side is not None:
-        tiles = [-(-side // layout.tile_latent_side) for side in sides]
-        window = Window(
-            0, 0, *(min(side, -(-side // n) + 2 * TILE_REACH) for side, n in zip(sides, tiles, strict=True))
-        )
+        tiles = cut_tiles(*sides, layout.tile_latent_side, decoder.reach)
+        window = max((tile.seen for tile in tiles), key=lambda seen: seen.height * seen.width)
     with LiveBytes() as live:
         for _ in decoder.stream(
             latent_FHWC, torch.uint8, window=window, latent_frames_per_step=layout.latent_frames_per_step
