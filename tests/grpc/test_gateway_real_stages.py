@@ -9,17 +9,19 @@ from pathlib import Path
 
 import av
 import grpc
+import psutil
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ovi.common.v1 import system_pb2
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
 from shared.tensors.transport import TensorResolver
-from tests.grpc.gateway_client import GatewayUnderTest, running_gateway
+from tests.grpc.gateway_client import GatewayUnderTest, running_gateway, violations_of
 from tests.service_process import ServiceProcess, running_service
 
 STAGES = ("text_encoder", "fusion", "vae")
@@ -92,6 +94,29 @@ def test_clip_of_a_prompt(gateway, data_dir):
     for name in ("video_latent", "audio_latent"):
         assert torch.isfinite(one[name]).all()
         assert torch.equal(one[name], two[name]), "one seed, one result"
+
+
+def test_a_lossless_mode_gives_the_same_clip_and_a_lossy_one_says_that_it_is_not(gateway, data_dir):
+    """Streaming copies the same values in; int8 rounds every wide layer, which 2 steps cannot hide."""
+    modes = (system_pb2.VRAM_MODE_UNSPECIFIED, system_pb2.VRAM_MODE_STREAMED, system_pb2.VRAM_MODE_ULTRA_LOW)
+    ends = [gateway.end_of(gateway.create(model=MODEL, steps=2, seed=3, vram_mode=mode).id) for mode in modes]
+    assert [end.state for end in ends] == [pb.JOB_STATE_COMPLETED] * 3, [end.error for end in ends]
+    assert [end.video.vram_mode for end in ends] == [system_pb2.VRAM_MODE_STANDARD, *modes[1:]]
+    resident, streamed, rounded = (latents(data_dir, end.id)["video_latent"] for end in ends)
+    assert torch.equal(resident, streamed) and not torch.equal(resident, rounded)
+    assert torch.isfinite(rounded).all()
+
+
+def test_a_mode_that_the_service_cannot_have_is_refused_before_queueing(gateway):
+    with pytest.raises(grpc.RpcError) as refused:
+        gateway.create(model=MODEL, vram_mode=system_pb2.VRAM_MODE_ALL_GPU)
+    assert "CPU" in violations_of(refused.value)["parameters.vram_mode"]
+
+
+def test_devices_are_those_of_this_machine(gateway):
+    devices = gateway.system.GetDevices(system_pb2.GetDevicesRequest(), timeout=30).devices
+    (host,) = [device for device in devices if device.backend == "cpu"]
+    assert host.total_bytes == psutil.virtual_memory().total and host.own_bytes > 0
 
 
 def test_first_latent_frame_is_the_picture(gateway, stages, data_dir):
