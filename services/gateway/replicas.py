@@ -72,6 +72,26 @@ class Replicas(Generic[W]):
         with self.using(worker):
             return await call(worker)
 
+    async def of_any(self, ask: Callable[[W], Awaitable[T]]) -> T:
+        """The first answer to a question that any of the workers can answer.
+
+        Raises:
+            OviError: all failed; that of the first to fail.
+        """
+        asked = [asyncio.ensure_future(ask(worker)) for worker in self.workers]
+        errors = []
+        try:
+            for answer in asyncio.as_completed(asked):
+                try:
+                    return await answer
+                except OviError as error:
+                    errors.append(error)
+            raise errors[0]
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
     async def of_all(self, ask: Callable[[W], Awaitable[T]]) -> list[T]:
         """What the workers answer to a question, in order; those that fail are left out.
 

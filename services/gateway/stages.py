@@ -20,7 +20,7 @@ from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
 from services.gateway.config import StageAddresses
 from services.gateway.models import ModelInfo
 from services.gateway.replicas import Replicas
-from shared.errors import DeadlineExceeded, Unavailable
+from shared.errors import DeadlineExceeded, Internal, Unavailable
 from shared.generation_proto import prompt_format_from_proto, prompt_format_to_proto
 from shared.grpc_client import REQUEST_ID_KEY, error_of
 from shared.memory.device_state import DeviceState
@@ -41,6 +41,10 @@ class WorkerCut(Unavailable):
     """The connection to a worker broke during a call, or could not be made: the worker crashed or is not started."""
 
 
+class _Unknown(Internal):
+    """The worker has no such call."""
+
+
 @contextmanager
 def _calls(stage: str, address: str) -> Iterator[None]:
     """Around a call: gRPC statuses become `shared.errors`."""
@@ -50,11 +54,9 @@ def _calls(stage: str, address: str) -> Iterator[None]:
         # Our servers put details on every status they send; one without was made by the transport.
         if error.code().name in _CUT_CODES and rpc_status.from_call(error) is None:
             raise WorkerCut(f"the {stage} service at {address} cannot be reached ({error.details()})") from None
-        known = error_of(error)
         if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            raise Unavailable(
-                f"the {stage} service at {address} does not know this call; is it of an older version?"
-            ) from None
+            raise _Unknown(f"the {stage} service at {address} does not know this call; is the address right?") from None
+        known = error_of(error)
         if isinstance(known, Unavailable):
             raise Unavailable(f"the {stage} service at {address} is not ready ({known.message})") from None
         raise known from None
@@ -120,6 +122,9 @@ class SystemClient:
         try:
             with _calls(self.name, self.address):
                 yield
+        except _Unknown:
+            what = f"the {self.name} service at {self.address} does not tell of its memory; is it of an older version?"
+            raise Unavailable(what) from None
         except DeadlineExceeded:
             what = f"the {self.name} service at {self.address} did not answer within {_SYSTEM_TIMEOUT_S:g} s"
             raise Unavailable(what) from None
@@ -270,7 +275,7 @@ class StageClients:
         Raises:
             OviError: none answers.
         """
-        return (await self.fusion.of_all(FusionClient.describe))[0]
+        return await self.fusion.of_any(FusionClient.describe)
 
     async def fusion_plan(self, request: system_pb2.GetPlanRequest) -> system_pb2.MemoryPlan:
         """What something would take on a fusion service, on one where it fits if there is any.

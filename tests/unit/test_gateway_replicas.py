@@ -93,6 +93,30 @@ def test_a_question_is_answered_by_those_who_can():
         asyncio.run(replicas.of_all(broken))
 
 
+def test_the_first_answer_is_taken_and_nobody_else_waited_for():
+    replicas = Replicas([A, B, C])
+    cancelled = []
+
+    async def ask(worker: Worker) -> str:
+        if worker is A:
+            raise Unavailable("a is away")
+        if worker is B:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(worker)
+                raise
+        return worker.address
+
+    assert asyncio.run(replicas.of_any(ask)) == "c" and cancelled == [B]
+
+    async def refuse(worker: Worker) -> str:
+        raise Unavailable(f"{worker.address} is away")
+
+    with pytest.raises(Unavailable, match="is away"):
+        asyncio.run(replicas.of_any(refuse))
+
+
 def test_a_call_is_made_of_one_and_its_error_told():
     replicas = Replicas([A, B])
     called = []
