@@ -20,6 +20,7 @@ class DeviceState:
     backend: str
     """"cuda", "rocm" or "cpu"."""
     total_bytes: int
+    """What programs can have: without what driver and firmware keep for themselves."""
     free_bytes: int
     """What nobody has; on a host, what can be had without swapping."""
     own_bytes: int

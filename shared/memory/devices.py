@@ -116,9 +116,8 @@ class Devices:
         if memory is None:
             host = psutil.virtual_memory()
             total, free = host.total, host.available
-            used = total - free
         else:
-            total, free, used = memory.total_bytes, memory.free_bytes, memory.used_bytes
+            total, free = memory.free_bytes + memory.used_bytes, memory.free_bytes
         mine = max(own, now.bytes_by_pid.get(os.getpid(), 0))
         return DeviceState(
             name=f"cuda:{index}",
@@ -128,7 +127,7 @@ class Devices:
             total_bytes=total,
             free_bytes=free,
             own_bytes=own,
-            others_bytes=max(0, used - mine),
+            others_bytes=max(0, total - free - mine),
             capability=gpu.capability,
             unified=unified,
             utilization=now.utilization,

@@ -35,9 +35,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Of a GPU with memory of its own. What driver and firmware keep for themselves is neither free nor used."""
+    """Of a GPU with memory of its own. What driver and firmware keep for themselves is no part of it."""
 
-    total_bytes: int
     free_bytes: int
     used_bytes: int
 
@@ -118,7 +117,7 @@ class Nvml:
         """
         library = self._library
         use = self._optional(library.nvmlDeviceGetUtilizationRates, gpu.handle)
-        processes = self._optional(library.nvmlDeviceGetComputeRunningProcesses, gpu.handle) or []
+        processes = self._optional(library.nvmlDeviceGetComputeRunningProcesses_v3, gpu.handle) or []
         return GpuNow(
             memory=self._must(self._memory, gpu.handle),
             utilization=use.gpu / 100 if use is not None else None,
@@ -133,7 +132,7 @@ class Nvml:
             if error.value != library.NVML_ERROR_NOT_SUPPORTED:
                 raise
             return None
-        return GpuMemory(memory.total, memory.free, memory.used)
+        return GpuMemory(memory.free, memory.used)
 
     def _read_all(self) -> list[Gpu]:
         library = self._library

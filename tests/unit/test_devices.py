@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
+import pynvml
 import pytest
 import torch
 
 from shared.errors import Unavailable
 from shared.memory.choose import DeviceFacts
 from shared.memory.device_state import DeviceState
-from shared.memory.devices import Devices
+from shared.memory.devices import Devices, TorchCuda
 from shared.memory.watcher import DeviceWatcher, Look, Sight, own_devices
 
 GIB = 2**30
@@ -78,7 +80,7 @@ class RecordedNvml:
             raise NvmlError(3)
         return SimpleNamespace(gpu=37, memory=5)
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle):
+    def nvmlDeviceGetComputeRunningProcesses_v3(self, handle):
         return self.processes
 
     def nvmlDeviceGetP2PStatus(self, here, there, index):
@@ -133,7 +135,7 @@ def test_driver_tells_everything_without_a_context():
         model=H200,
         uuid=f"GPU-{uuid_of(0)}",
         backend="cuda",
-        total_bytes=140 * GIB,
+        total_bytes=139 * GIB + GIB // 2,
         free_bytes=130 * GIB,
         own_bytes=0,
         others_bytes=9 * GIB + GIB // 2,
@@ -144,6 +146,18 @@ def test_driver_tells_everything_without_a_context():
     )
     assert second.links == ("cuda:0 NVLink", "cuda:2 PCIe across sockets") and third.name == "cuda:2"
     assert host.backend == "cpu" and cuda.contexts == 0
+
+
+def test_what_is_asked_exists_in_the_drivers_library_and_in_torch():
+    for name in (name for name in vars(RecordedNvml) if name.lower().startswith("nvml")):
+        real, recorded = getattr(pynvml, name), getattr(RecordedNvml, name)
+        if isinstance(recorded, int):
+            assert real == recorded, name
+        elif name != "NVMLError":
+            taken = list(inspect.signature(real).parameters)
+            assert len(taken) == len(inspect.signature(recorded).parameters) - 1, name
+    for name in (name for name in vars(TorchCuda) if not name.startswith("_")):
+        assert callable(getattr(torch.cuda, name)), name
 
 
 def test_own_memory_is_nobody_elses():
@@ -239,7 +253,9 @@ def test_rocm_is_told_by_torch_alone():
 
 def test_facts_are_those_a_choice_depends_on():
     gpu, host = looked(RecordedNvml(models=(H200,)), RecordedCuda(order=(0,)))
-    assert gpu.facts == DeviceFacts("cuda:0", 140 * GIB, 130 * GIB, "9.0", unified=False) and host.facts is None
+    assert (
+        gpu.facts == DeviceFacts("cuda:0", 139 * GIB + GIB // 2, 130 * GIB, "9.0", unified=False) and host.facts is None
+    )
 
 
 def test_this_machine():
