@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cli.stack.ports import ReservedPort, connect_host, free_http_port, reserve_grpc_port
 from shared.allocations import MAX_VAE_RANKS
-from shared.memory.modes import VramMode
+from shared.memory.modes import RECIPES, TextEncoderPlace, VramMode
 from shared.memory.stack import StackMemory
 
 STAGES = ("text_encoder", "fusion", "vae")
@@ -133,7 +133,7 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     device = options.text_encoder_device if name == "text_encoder" else options.device
     arguments = ["--checkpoints", str(options.checkpoints), "--host", _LOOPBACK, "--port", str(port)]
     arguments += ["--device", device, "--grace-s", str(options.grace_s)]
-    arguments += ["--vram-mode", options.vram_mode.value]
+    arguments += ["--vram-mode", _mode(options, name).value]
     if options.memory is not None and (budget := options.memory.budgets.get(name)):
         # Rounded down, since together they may not be more than there is.
         arguments += ["--memory-gib", f"{budget * 1000 // 2**30 / 1000:.3f}"]
@@ -141,6 +141,14 @@ def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:
     if name == "fusion":
         arguments += ["--plan", options.plan]
     return _service(options, name, f"{_LOOPBACK}:{port}", arguments, ranks)
+
+
+def _mode(options: StackOptions, name: str) -> VramMode:
+    """Of a stage: the stack's, but for a text encoder that gives way so that the others can have it."""
+    memory = options.memory
+    if name != "text_encoder" or memory is None or RECIPES[memory.mode].text_encoder is memory.text_encoder.place:
+        return options.vram_mode
+    return VramMode.STREAMED if memory.text_encoder.place is TextEncoderPlace.STREAMED else options.vram_mode
 
 
 def _service(options: StackOptions, name: str, address: str, arguments: list[str], ranks: int = 1) -> ServiceSpec:

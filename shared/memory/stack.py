@@ -155,8 +155,10 @@ class _Spread:
 
     @property
     def tiles(self) -> bool:
-        """Pictures may be decoded in tiles: not those that several GPUs share already."""
-        return self.num_vae_gpus == 1
+        """Pictures may be decoded in tiles: not those that several GPUs share already, and not before the text encoder
+        gives way.
+        """
+        return self.num_vae_gpus == 1 and self.text_encoder is not TextEncoderPlace.RESIDENT
 
 
 def _spreads(wish: StackWish, mode: VramMode, num_devices: int) -> Iterator[_Spread]:
@@ -164,9 +166,13 @@ def _spreads(wish: StackWish, mode: VramMode, num_devices: int) -> Iterator[_Spr
     recipe = RECIPES[mode]
     named = wish.mode is not VramMode.AUTO
     for allocation, num_gpus in _allocations(wish, mode, num_devices):
-        # What was named may be had at the price of slower prompts; AUTO has better on one GPU.
+        # Its layers may pass through the GPU in every mode: the same values, a part of a second later. On a CPU prompts
+        # take seconds: that is for what was named, AUTO has better on one GPU.
         places = [recipe.text_encoder] if not wish.text_encoder_on_cpu else []
-        places += [TextEncoderPlace.CPU] if not places or named or num_gpus > 1 else []
+        if mode is VramMode.STANDARD and places:
+            places.append(TextEncoderPlace.STREAMED)
+        if not places or (mode is not VramMode.ALL_GPU and (named or num_gpus > 1)):
+            places.append(TextEncoderPlace.CPU)
         for place in dict.fromkeys(places):
             yield _Spread(allocation, num_gpus, wish.num_vae_gpus or min(num_gpus, MAX_VAE_RANKS), place)
 
@@ -323,6 +329,8 @@ def _explained(plan: StackMemory, case: _Case, refused: Sequence[_Case]) -> Stac
         what.append(f"stages take turns, {plan.fusion.layout.num_resident} of {layers} blocks stay on the device")
     else:
         what.append("everything stays on the device")
+        passes = plan.text_encoder.place is TextEncoderPlace.STREAMED
+        what[-1] += " but the text encoder, whose layers pass through it" if passes else ""
     what += ["text encoder on the CPU"] if plan.text_encoder.place is TextEncoderPlace.CPU else []
     what += ["pictures decoded in tiles"] if plan.vae.layout.tile_latent_side is not None else []
     takes = f"{gib(plan.total_bytes)} of {gib(plan.available_bytes)} for {case.clip.name}"

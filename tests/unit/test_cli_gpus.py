@@ -234,3 +234,10 @@ def test_what_does_not_fit_is_refused_with_the_numbers(tmp_path) -> None:
         OutOfMemory, match=r"^ultra_low needs \d\.\d GiB on cuda:0 for 720x720_5s, 2\.9 GiB may be used"
     ):
         started(tmp_path, DeviceFlags(), cards(3))
+
+
+def test_a_text_encoder_that_gives_way_is_streamed_while_the_others_stay(tmp_path) -> None:
+    stages, said = started(tmp_path, DeviceFlags(), cards(46))
+    modes = {name: flag(stage, "--vram-mode") for name, stage in stages.items()}
+    assert modes == {"text_encoder": "streamed", "fusion": "standard", "vae": "standard"}
+    assert "but the text encoder" in said[0]

@@ -232,3 +232,15 @@ def test_more_gpus_for_the_vae_than_for_fusion() -> None:
     plan = plan_stack(devices, RELEASED, CLIPS, StackWish(num_gpus=1, num_vae_gpus=3))
     assert (plan.devices[FUSION], plan.devices[VAE], plan.gpus) == ((0,), (0, 1, 2), (0, 1, 2))
     check_fits(plan, devices)
+
+
+def test_standard_lets_the_text_encoder_give_way_before_pictures_are_cut() -> None:
+    wish = StackWish(VramMode.STANDARD)
+    roomy, tight, tighter = (plan_stack(cards(free), RELEASED, CLIPS, wish) for free in (60, 48, 36))
+    places = [plan.text_encoder.place for plan in (roomy, tight, tighter)]
+    assert places == [TextEncoderPlace.RESIDENT, TextEncoderPlace.STREAMED, TextEncoderPlace.STREAMED]
+    assert [plan.vae.layout.tile_latent_side is None for plan in (roomy, tight, tighter)] == [True, True, False]
+    assert tight.total_bytes <= 48 * GIB and tighter.total_bytes <= 36 * GIB
+    assert plan_stack(cards(60), RELEASED, CLIPS, StackWish(VramMode.ALL_GPU)).text_encoder.place is places[0]
+    with pytest.raises(OutOfMemory):
+        plan_stack(cards(48), RELEASED, CLIPS, StackWish(VramMode.ALL_GPU))
