@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import BinaryIO
 
+import av
 import torch
 
 from services.vae.checkpoint import (
@@ -63,3 +65,13 @@ def write_checkpoint(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, path)
     return folder
+
+
+def clip_content(file: Path | BinaryIO) -> tuple[int, bytes]:
+    """Number of pictures and the samples of a clip. The encoder's threads may make other bytes of the same pictures."""
+    with av.open(file) as clip:
+        num_frames = sum(1 for _ in clip.decode(video=0))
+    if not isinstance(file, Path):
+        file.seek(0)
+    with av.open(file) as clip:
+        return num_frames, b"".join(frame.to_ndarray().tobytes() for frame in clip.decode(audio=0))

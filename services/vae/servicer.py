@@ -63,19 +63,22 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         resolver: TensorResolver,
         tensors: TensorServer,
         options: VaeOptions,
+        turns: DeviceTurns | None = None,
     ) -> None:
         self._engine = engine
         self._worker = worker
         self._resolver = resolver
         self._tensors = tensors
         self._options = options
-        self._turns = DeviceTurns(device_key(options.stage.device))
+        self._turns = turns
 
     def turn(self, *modes: VramMode) -> contextlib.AbstractAsyncContextManager[None]:
         """Have the device within, if one of these modes takes turns."""
-        if any(RECIPES[mode].takes_turns for mode in modes):
-            return self._turns.turn()
-        return contextlib.nullcontext()
+        if not any(RECIPES[mode].takes_turns for mode in modes):
+            return contextlib.nullcontext()
+        if self._turns is None:
+            self._turns = DeviceTurns(device_key(self._options.stage.device))
+        return self._turns.turn()
 
     async def EncodeImage(
         self, request_iterator: AsyncIterator[pb.EncodeImageRequest], context: grpc.aio.ServicerContext

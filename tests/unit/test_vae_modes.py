@@ -21,7 +21,7 @@ from shared.memory.estimate import VaeLayout, estimate_vae
 from shared.memory.modes import RECIPES, VramMode
 from shared.memory.sizes import RELEASED_VAE
 from shared.variants import AUDIO_VAE_FILE, VIDEO_VAE_FILE, VOCODER_FILE
-from tests.vae_checkpoint import write_checkpoint
+from tests.vae_checkpoint import clip_content, write_checkpoint
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -50,13 +50,13 @@ VIDEO, AUDIO = latent(48, 3, 2, 4), latent(6, 20)
 PICTURE = np.random.default_rng(2).integers(0, 256, (32, 64, 3), np.uint8)
 
 
-def clip(engine: VaeEngine, path: Path, mode: VramMode = VramMode.AUTO) -> bytes:
+def clip(engine: VaeEngine, path: Path, mode: VramMode = VramMode.AUTO) -> tuple[int, bytes]:
     *_, last = engine.decode_clip(VIDEO, AUDIO, {}, path, mode)
     assert isinstance(last, ClipWritten)
-    return path.read_bytes()
+    return clip_content(path)
 
 
-def made(engine: VaeEngine, path: Path) -> tuple[bytes, bytes, bytes, bytes]:
+def made(engine: VaeEngine, path: Path) -> tuple[tuple[int, bytes], bytes, bytes, bytes]:
     """Everything an engine makes."""
     frames = np.concatenate(list(engine.decode_video(VIDEO)))
     latent_bytes = engine.encode_image(PICTURE).numpy().tobytes()
