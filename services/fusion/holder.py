@@ -74,6 +74,7 @@ class ModelHolder:
             self.forget()
             start = time.perf_counter()
             self._held = self._read(model, file, layout, hosted=hosted)
+            self._empty_cache()  # what was only needed to quantize and pack
             seconds = round(time.perf_counter() - start, 3)
             weights = layout.weights.value
             log.info("model loaded", model=model, seconds=seconds, weights=weights, hosted=hosted)
