@@ -17,6 +17,7 @@ from benchmarks.common import CLIPS, RESULTS
 from benchmarks.reference import DEVICE, FIGURES
 from services.fusion.model.config import RELEASED
 from services.fusion.parallel.plan import ParallelPlan
+from shared.memory.modes import VramMode
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "performance.md"
 PLOT = DOCUMENT.with_suffix(".svg")
@@ -343,6 +344,47 @@ def drift_table(folder: Path) -> str:
     return table(head, rows) + sources(lines)
 
 
+def memory_table(folder: Path) -> str:
+    """What memory modes take of a GPU, and what they cost."""
+    order = [mode.value for mode in VramMode]
+    lines = newest(
+        read_lines(folder, "memory"),
+        lambda line: (line.device, clip_order(line.row["clip"]), order.index(line.row["mode"])),
+    )
+    standard = {(line.device, line.row["clip"]): line.row["step_s"] for line in lines if line.row["mode"] == "standard"}
+    head = ["mode", "clip", "limit, GiB", "peak, GiB", "estimate, GiB", "estimate / peak", "s/step", "of standard"]
+    head += ["final latents, video", "audio"]
+    rows = []
+    for line in lines:
+        row, base = line.row, standard.get((line.device, line.row["clip"]))
+        if row["refused"]:
+            rows.append(
+                [row["mode"], row["clip"], line.number("limit_gib", 1), f"refused: {row['refused']}", *["–"] * 6]
+            )
+            continue
+        known = row["estimate_gib"] is not None and row["peak_gib"] is not None
+        rows.append(
+            [
+                row["mode"],
+                row["clip"],
+                line.number("limit_gib", 1),
+                line.number("peak_gib", 1),
+                line.number("estimate_gib", 1),
+                f"{row['estimate_gib'] / row['peak_gib']:.2f}" if known else "–",
+                line.number("step_s"),
+                f"{row['step_s'] / base:.2f}" if base else "–",
+                *(f"{row[f'{tower}_drift']['error']:.2g}" for tower in ("video", "audio")),
+            ]
+        )
+    return table(head, rows) + sources(lines)
+
+
+def switching_table(folder: Path) -> str:
+    """How long a running stack takes to change its mode."""
+    lines = newest(read_lines(folder, "memory", "switches"), lambda line: (line.device, line.row["mode"]))
+    return table(["to", "s"], [[line.row["mode"], line.number("seconds", 1)] for line in lines]) + sources(lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "fusion": fusion_table,
     "switches": switches_table,
@@ -351,6 +393,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "stack": stack_table,
     "queue": queue_table,
     "recovery": recovery_table,
+    "memory": memory_table,
+    "switching": switching_table,
 }
 
 

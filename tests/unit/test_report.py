@@ -91,3 +91,18 @@ def test_stack_rows_and_queues_of_one_run(tmp_path) -> None:
     assert made[1:8] == ["8", "50", "**12.0 s**", "0.50 s", "–", "7.50 s", "4.00 s"]
     (queued,) = cells(report.queue_table(tmp_path))
     assert queued[3:] == ["3", "36.0 s", "**24.0 s**", "x 1.50", "12.0 s"]
+
+
+def test_memory_modes_stand_beside_standard_and_their_estimates(tmp_path) -> None:
+    drift = {"error": 0.0, "cosine": 1.0}
+    row = {"clip": "960x960_10s", "limit_gib": 40.0, "refused": "", "estimate_gib": 36.0, "peak_gib": 40.0}
+    row |= {"step_s": 5.0, "video_drift": drift, "audio_drift": drift}
+    streamed = {"mode": "streamed", "limit_gib": 11.5, "estimate_gib": 11.0, "peak_gib": 10.0, "step_s": 5.5}
+    refused = {"mode": "ultra_low", "clip": "960x960_10s", "limit_gib": 3.0, "refused": "needs more"}
+    switches = [{"mode": "streamed", "seconds": 12.34}]
+    write(tmp_path, "memory_h200_1gpu", [row | {"mode": "standard"}, row | streamed, refused], switches=switches)
+    found = {line[0]: line for line in cells(report.memory_table(tmp_path))}
+    assert found["standard"][2:8] == ["40.0", "40.0", "36.0", "0.90", "5.000", "1.00"]
+    assert found["streamed"][2:8] == ["11.5", "10.0", "11.0", "1.10", "5.500", "1.10"]
+    assert found["ultra_low"][3] == "refused: needs more"
+    assert cells(report.switching_table(tmp_path)) == [["streamed", "12.3"]]
