@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
 from services.text_encoder.config import TextEncoderOptions
+from services.text_encoder.memory import mode_problem
 from services.text_encoder.servicer import TextEncoderServicer
 from shared.device_worker import DeviceWorker
 from shared.grpc_server import GrpcService, serve
+from shared.memory.devices import Devices
+from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.service_main import run_service, stage_options, stage_parser
+from shared.system_service import system_service
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 
@@ -21,16 +25,24 @@ async def run(options: TextEncoderOptions) -> None:
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
     tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
     servicer = TextEncoderServicer(options, worker, tensors)
-    service = GrpcService(
-        text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"].full_name,
-        lambda server: text_encoder_pb2_grpc.add_TextEncoderServiceServicer_to_server(servicer, server),
-    )
+    watcher = DeviceWatcher(own_devices(Devices()))
+    services = [
+        GrpcService(
+            text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"].full_name,
+            lambda server: text_encoder_pb2_grpc.add_TextEncoderServiceServicer_to_server(servicer, server),
+        ),
+        system_service(watcher, servicer.plan, servicer.set_mode),
+    ]
+
+    async def load() -> None:
+        await watcher.start()
+        await servicer.load()
 
     async def close() -> None:
         worker.close()
         tensors.stop(stage.listen.grace_s)
 
-    await serve(stage.listen, [service], load=servicer.load, close=close)
+    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop)
 
 
 def main() -> None:
@@ -45,7 +57,10 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.cache_mib < 2**40:
         parser.error(f"--cache-mib {args.cache_mib:g}: must be 0 (no cache) or more")
-    options = TextEncoderOptions(stage=stage_options(args), cache_bytes=int(args.cache_mib * 2**20))
+    stage = stage_options(args)
+    if problem := mode_problem(stage.vram_mode, stage.device):
+        parser.error(f"--vram-mode: {problem}")
+    options = TextEncoderOptions(stage=stage, cache_bytes=int(args.cache_mib * 2**20))
     run_service("text_encoder", args.log_level, options, run(options))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from services.text_encoder.cache import Embedding, EmbeddingCache
 from services.text_encoder.checkpoint import load_encoder
 from services.text_encoder.config import TextEncoderConfig
 from services.text_encoder.prompt import clean_prompt, format_prompt
+from services.text_encoder.streaming import stream_layers
 from services.text_encoder.tokenizer import PromptTokenizer
 from shared.checkpoints import file_fingerprint
-from shared.device_memory import peak_gib, reset_peak
-from shared.errors import CheckpointError
+from shared.device_memory import freed, peak_gib, reset_peak
+from shared.errors import CheckpointError, OutOfMemory
 from shared.logging import get_logger
+from shared.memory.modes import TextEncoderPlace
 from shared.tensors.framing import spec_of
 from shared.variants import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, PromptFormat
 
@@ -28,16 +31,36 @@ log = get_logger(__name__)
 class TextEncoder:
     """The umT5 encoder on a device: token ids to rows."""
 
-    def __init__(self, model: UMT5EncoderModel, config: TextEncoderConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: UMT5EncoderModel, config: TextEncoderConfig, device: torch.device, *, streamed: bool = False
+    ) -> None:
         """
         Args:
-            model: with its weights in place on `device`.
+            model: with its weights in place on `device`, or on the CPU if they are streamed.
             config: its widths.
             device: where it runs.
+            streamed: weights are in host memory, and each layer is on the device while it is needed.
+
+        Raises:
+            OutOfMemory: the host's memory for that cannot be had or locked.
         """
         self.config = config
         self._model = model
         self.device = device
+        self._stream = stream_layers(model, device) if streamed else None
+
+    @classmethod
+    def load(cls, path: Path, *, device: torch.device, precision: torch.dtype, place: TextEncoderPlace) -> TextEncoder:
+        """Read a weight file. Weights that are streamed are never on the device together.
+
+        Raises:
+            CheckpointError: see `load_encoder`.
+            OutOfMemory: the host's memory for streaming cannot be had or locked.
+        """
+        streamed = place is TextEncoderPlace.STREAMED
+        on = torch.device("cpu") if streamed else device
+        model, config = load_encoder(path, device=on, precision=precision)
+        return cls(model, config, device, streamed=streamed)
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[int]) -> torch.Tensor:
@@ -47,9 +70,25 @@ class TextEncoder:
         padding is computed. Padding would change nothing but rounding: umT5's positions are relative, and padding is
         masked.
         """
-        ids_1L = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
-        rows: torch.Tensor = self._model(input_ids=ids_1L).last_hidden_state[0]
+        embedding = self._model.get_input_embeddings()
+        ids_1L = torch.tensor([list(ids)], dtype=torch.int64, device=embedding.weight.device)
+        embedded_1LC = embedding(ids_1L).to(self.device)
+        rows: torch.Tensor = self._model(inputs_embeds=embedded_1LC).last_hidden_state[0]
         return rows.to("cpu").contiguous()
+
+    def release(self) -> None:
+        """Give the device's memory back, if weights are in host memory."""
+        if self._stream is not None:
+            self._stream.release()
+            freed(self.device)
+
+    def close(self) -> None:
+        """Give all memory back; it encodes nothing any more."""
+        if self._stream is not None:
+            self._stream.close()
+        del self._model
+        gc.collect()  # hooks and what they hold refer to each other
+        freed(self.device)
 
 
 @dataclass(frozen=True)
@@ -66,16 +105,26 @@ class TextEngine:
     """A loaded encoder with its tokenizer and cache. `encode` belongs on the device's thread, the rest anywhere."""
 
     def __init__(
-        self, encoder: TextEncoder, tokenizer: PromptTokenizer, cache: EmbeddingCache, *, fingerprint: str
+        self,
+        load: Callable[[TextEncoderPlace], TextEncoder],
+        place: TextEncoderPlace,
+        tokenizer: PromptTokenizer,
+        cache: EmbeddingCache,
+        *,
+        fingerprint: str,
     ) -> None:
         """
         Args:
-            encoder: the network.
+            load: makes the network with its layers in a place.
+            place: of the layers.
             tokenizer: the one beside it.
             cache: may outlive this engine; its keys hold the fingerprint.
             fingerprint: of weights and tokenizer.
         """
-        self._encoder = encoder
+        self._load = load
+        self._encoder = load(place)
+        self.place = place
+        """Where the layers are."""
         self._tokenizer = tokenizer
         self._cache = cache
         self.fingerprint = fingerprint
@@ -83,23 +132,60 @@ class TextEngine:
         """Prompts that went through the network."""
 
     @classmethod
-    def read(cls, folder: Path, *, device: torch.device, precision: torch.dtype, cache_bytes: int) -> TextEngine:
+    def read(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device,
+        precision: torch.dtype,
+        cache_bytes: int,
+        place: TextEncoderPlace = TextEncoderPlace.RESIDENT,
+    ) -> TextEngine:
         """Load weights and tokenizer of a checkpoint folder.
+
+        Args:
+            folder: in the released layout.
+            device: where the network runs.
+            precision: float32 or bfloat16.
+            cache_bytes: most bytes of embeddings kept.
+            place: of the layers.
 
         Raises:
             CheckpointError: one is missing, damaged, or they do not fit together; names the file.
+            OutOfMemory: the host's memory for streaming cannot be had or locked.
         """
         path, tokenizer_folder = folder / TEXT_ENCODER_FILE, folder / TOKENIZER_FOLDER
         tokenizer = PromptTokenizer.read(tokenizer_folder)
-        model, config = load_encoder(path, device=device, precision=precision)
-        if tokenizer.max_id >= config.vocab_size:
-            raise CheckpointError(
-                f"{tokenizer_folder}: gives ids up to {tokenizer.max_id}, {path} knows {config.vocab_size} tokens;"
-                " take tokenizer and weights from the same release"
-            )
+
+        def load(place: TextEncoderPlace) -> TextEncoder:
+            return TextEncoder.load(path, device=device, precision=precision, place=place)
+
+        cache = EmbeddingCache(max_bytes=cache_bytes)
         fingerprint = f"{file_fingerprint(path)}-{tokenizer.sha256[:16]}"
-        encoder = TextEncoder(model, config, device)
-        return cls(encoder, tokenizer, EmbeddingCache(max_bytes=cache_bytes), fingerprint=fingerprint)
+        engine = cls(load, place, tokenizer, cache, fingerprint=fingerprint)
+        if tokenizer.max_id >= engine.config.vocab_size:
+            raise CheckpointError(
+                f"{tokenizer_folder}: gives ids up to {tokenizer.max_id}, {path} knows {engine.config.vocab_size}"
+                " tokens; take tokenizer and weights from the same release"
+            )
+        return engine
+
+    def move(self, place: TextEncoderPlace) -> None:
+        """Put the layers elsewhere: read again, after those that were there are let go of.
+
+        Raises:
+            CheckpointError: the file cannot be read any more.
+            OutOfMemory: the host's memory for streaming cannot be had or locked; they are where they were.
+        """
+        if place is self.place:
+            return
+        self._encoder.close()
+        try:
+            self._encoder = self._load(place)
+        except OutOfMemory:
+            self._encoder = self._load(self.place)
+            raise
+        self.place = place
 
     @property
     def config(self) -> TextEncoderConfig:
@@ -117,8 +203,11 @@ class TextEngine:
 
     def encode(self, texts: Sequence[str], num_pinned: int) -> Iterator[Encoded]:
         """Every prepared text in order, from the cache or through the network."""
-        for text, pin in _with_pins(texts, num_pinned):
-            yield self._lookup(text, pin) or self._encode(text, pin)
+        try:
+            for text, pin in _with_pins(texts, num_pinned):
+                yield self._lookup(text, pin) or self._encode(text, pin)
+        finally:
+            self._encoder.release()
 
     def _lookup(self, text: str, pin: bool) -> Encoded | None:
         embedding = self._cache.get(self.fingerprint, text, pin=pin)

@@ -172,13 +172,13 @@ class VaeEngine:
         self.decode_audio(torch.zeros(16, AUDIO_LATENT_CHANNELS))
         log.info("warmed up", seconds=round(time.perf_counter() - start, 3))
 
-    def encode_image(self, frame_HWC: NDArray[np.uint8]) -> torch.Tensor:
+    def encode_image(self, frame_HWC: NDArray[np.uint8], mode: VramMode = VramMode.AUTO) -> torch.Tensor:
         """The normalised latent (48, 1, H/16, W/16), float32 on the CPU, of one RGB frame; see `cover_frame`.
 
         Raises:
             OutOfMemory: with the numbers.
         """
-        with self._turn(self.mode), self._networks.encoding():
+        with self._turn(mode), self._networks.encoding():
             pixels_HWC = torch.from_numpy(frame_HWC).to(self._device)
             pixels_BCFHW = pixels_HWC.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1.0
             return self._networks.video_vae.encode(pixels_BCFHW)[0].cpu()
@@ -197,13 +197,13 @@ class VaeEngine:
         with self._turn(plan.mode, plan):
             yield from self._decode_video(latent_CFHW, plan)
 
-    def decode_audio(self, latent_SC: torch.Tensor) -> NDArray[np.float32]:
+    def decode_audio(self, latent_SC: torch.Tensor, mode: VramMode = VramMode.AUTO) -> NDArray[np.float32]:
         """Mono samples in [-1, 1] at 16 kHz, 512 for each row of a latent (S, 20).
 
         Raises:
             OutOfMemory: with the numbers.
         """
-        with self._turn(self.mode):
+        with self._turn(mode):
             return self._decode_audio(latent_SC)
 
     def spool_video(self, latent_CFHW: torch.Tensor, file: BinaryIO, mode: VramMode = VramMode.AUTO) -> Iterator[int]:
@@ -272,9 +272,12 @@ class VaeEngine:
     def _turn(self, mode: VramMode, plan: VaePlan | None = None) -> Iterator[None]:
         """The weights are where the mode wants them; afterwards the device is left to others as far as it says.
 
+        AUTO is the present mode.
+
         Raises:
             OutOfMemory: instead of PyTorch's own error; with the numbers.
         """
+        mode = self.mode if mode is VramMode.AUTO else mode
         hosted = RECIPES[mode].takes_turns
         try:
             self._networks.place(hosted=hosted)

@@ -86,8 +86,9 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         size, data = await _receive_picture(request_iterator)
         picture = await asyncio.to_thread(open_picture, data, field="image")
         frame_HWC = await asyncio.to_thread(cover_frame, picture, size.height, size.width)
-        async with self.turn(self._engine().mode):
-            latent_CFHW = await self._worker.run(lambda: self._engine().encode_image(frame_HWC))
+        mode = self._engine().mode
+        async with self.turn(mode):
+            latent_CFHW = await self._worker.run(lambda: self._engine().encode_image(frame_HWC, mode))
         return pb.EncodeImageResponse(latent=self._tensors.publish(self._tensors.store.put(latent_CFHW)))
 
     async def DecodeClip(
@@ -154,8 +155,9 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         references = {"audio_latent": request.audio_latent}
         _check_references(references)
         latent_SC = (await self._fetch(references))["audio_latent"]
-        async with self.turn(self._engine().mode):
-            samples = await self._worker.run(lambda: self._engine().decode_audio(latent_SC))
+        mode = self._engine().mode
+        async with self.turn(mode):
+            samples = await self._worker.run(lambda: self._engine().decode_audio(latent_SC, mode))
         header = pb.AudioHeader(num_samples=len(samples), sample_rate_hz=SAMPLE_RATE_HZ)
         yield pb.DecodeAudioResponse(header=header)
         values = samples.astype("<f4").data.cast("B")
