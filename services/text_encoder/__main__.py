@@ -31,7 +31,7 @@ async def run(options: TextEncoderOptions) -> None:
             text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"].full_name,
             lambda server: text_encoder_pb2_grpc.add_TextEncoderServiceServicer_to_server(servicer, server),
         ),
-        system_service(watcher, servicer.plan, servicer.set_mode),
+        system_service(watcher, servicer.plan, servicer.set_mode, device=str(stage.device)),
     ]
 
     async def load() -> None:

@@ -167,8 +167,11 @@ class VaeEngine:
         if self._device.type != "cuda":
             return
         start = time.perf_counter()
-        for _ in self.decode_video(torch.zeros(VIDEO_LATENT_CHANNELS, *_WARM_UP_SHAPE)):
-            pass
+        # In the layout of the largest pictures: kernels are compiled for a number of frames.
+        plan = self.plan(self.mode, *largest_picture())
+        with self._turn(plan.mode, plan):
+            for _ in self._decode_video(torch.zeros(VIDEO_LATENT_CHANNELS, *_WARM_UP_SHAPE), plan):
+                pass
         self.decode_audio(torch.zeros(16, AUDIO_LATENT_CHANNELS))
         log.info("warmed up", seconds=round(time.perf_counter() - start, 3))
 
@@ -278,14 +281,15 @@ class VaeEngine:
             OutOfMemory: instead of PyTorch's own error; with the numbers.
         """
         mode = self.mode if mode is VramMode.AUTO else mode
-        hosted = RECIPES[mode].takes_turns
         try:
-            self._networks.place(hosted=hosted)
+            self._networks.place(hosted=RECIPES[mode].takes_turns)
             yield
         except torch.OutOfMemoryError as error:
             raise self.memory.ran_out(mode, plan, let_go(error)) from None
         finally:
-            if hosted or mode is VramMode.ALL_GPU:
+            if RECIPES[self.mode].takes_turns:
+                self._networks.place(hosted=True)  # whatever this job's mode was
+            if self._networks.hosted or mode is VramMode.ALL_GPU:
                 log.info("memory freed", mode=mode.value, **freed(self._device))
 
     def _decode_video(self, latent_CFHW: torch.Tensor, plan: VaePlan) -> Generator[NDArray[np.uint8], None, None]:

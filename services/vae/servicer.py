@@ -74,7 +74,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
 
     def turn(self, *modes: VramMode) -> contextlib.AbstractAsyncContextManager[None]:
         """Have the device within, if one of these modes takes turns."""
-        if not any(RECIPES[mode].takes_turns for mode in modes):
+        if not _in_turns(*modes):
             return contextlib.nullcontext()
         if self._turns is None:
             self._turns = DeviceTurns(device_key(self._options.stage.device))
@@ -103,7 +103,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             path = folder / "clip.mp4"
             given = (latents["video_latent"], latents["audio_latent"], provenance, path, mode)
             events = self._worker.stream(lambda: self._engine().decode_clip(*given))
-            async with self.turn(mode), contextlib.aclosing(events):
+            async with self.turn(mode, self._engine().mode), contextlib.aclosing(events):
                 begun_s = time.monotonic()
                 async for event in events:
                     if isinstance(event, ClipProgress):
@@ -142,7 +142,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             async with self.turn(mode), contextlib.aclosing(ends):
                 async for end in ends:
                     # Nobody else's turn shall wait for a slow client.
-                    if not RECIPES[mode].takes_turns:
+                    if not _in_turns(mode):
                         async for chunk in _chunks(file, start, end):
                             yield pb.DecodeVideoResponse(chunk=chunk)
                         start = end
@@ -232,6 +232,10 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         if violations:
             raise InvalidRequest(violations)
         return latents
+
+
+def _in_turns(*modes: VramMode) -> bool:
+    return any(RECIPES[mode].takes_turns for mode in modes)
 
 
 def _check_model(model: str) -> None:

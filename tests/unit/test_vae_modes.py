@@ -80,6 +80,9 @@ def test_a_job_in_another_mode_leaves_the_service_in_its_own(folder: Path, tmp_p
     assert engine.mode is VramMode.STANDARD
     assert clip(engine, tmp_path / "clip.mp4") == expected
     assert not engine._networks.hosted
+    engine.set_mode(VramMode.STREAMED)
+    assert clip(engine, tmp_path / "clip.mp4", VramMode.STANDARD) == expected
+    assert engine._networks.hosted, "nothing stays on a device that others have next"
 
 
 def storages(engine: VaeEngine) -> dict[str, weakref.ref[torch.UntypedStorage]]:
