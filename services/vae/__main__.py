@@ -16,10 +16,11 @@ from services.vae.request import MAX_LATENT_FRAMES
 from services.vae.scratch import remove_abandoned
 from services.vae.servicer import VaeServicer
 from shared.device_worker import DeviceWorker
+from shared.errors import EXIT_BAD_CONFIG
 from shared.group.ranks import Ranks, end_torchrun, end_with_parent, rank_device
 from shared.group.steps import stop_followers
 from shared.grpc_server import GrpcService, serve
-from shared.logging import configure_logging
+from shared.logging import configure_logging, get_logger
 from shared.memory.devices import Devices
 from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.service_main import refusing_bad_checkpoints, run_service, stage_options, stage_parser
@@ -95,9 +96,11 @@ def main() -> None:
     if Kernels(args.kernels) is Kernels.FUSED and stage.device.type != "cuda":
         parser.error(f"--kernels fused needs CUDA, the device is {stage.device}; leave it out")
     if problem := mode_problem(stage.vram_mode, stage.device, ranks.world_size):
+        configure_logging("vae", level=args.log_level, rank=ranks.rank)
+        get_logger(__name__).error("cannot start", reason=f"--vram-mode: {problem}")
         if ranks.world_size > 1:
             end_torchrun()
-        parser.error(f"--vram-mode: {problem}")
+        raise SystemExit(EXIT_BAD_CONFIG)
     options = VaeOptions(stage, args.chunk_latent_frames, Kernels(args.kernels), ranks)
     if ranks.world_size > 1:
         end_with_parent()

@@ -175,3 +175,12 @@ def test_a_damaged_file_ends_the_start_on_all_ranks_and_is_named(tmp_path) -> No
     reasons = [entry for entry in service.log if entry["event"] == "cannot start"]
     assert reasons and all(str(path) in str(entry["reason"]) for entry in reasons)
     assert [entry["event"] for entry in service.log].count("starting") == 1, "torchrun did not try again"
+
+
+def test_a_mode_for_one_gpu_ends_the_start_with_its_reason(checkpoints) -> None:
+    flags = ("--checkpoints", str(checkpoints), "--device", "cpu", "--vram-mode", "streamed")
+    with running_service("vae", *flags, ranks=RANKS, port=free_port(), serving=False) as service:
+        assert service.process.wait(TIMEOUT_S) != 0
+    reasons = [entry["reason"] for entry in service.log if entry["event"] == "cannot start"]
+    assert 1 <= len(reasons) <= RANKS, "torchrun did not try again"
+    assert all("got streamed, which is for one GPU, and 2 ranks" in str(reason) for reason in reasons)

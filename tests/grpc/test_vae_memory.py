@@ -171,7 +171,8 @@ def test_less_than_a_mode_needs_ends_the_start_with_numbers(checkpoints) -> None
 def test_all_gpu_on_a_cpu_is_refused_at_the_start(checkpoints) -> None:
     flags = ("--checkpoints", str(checkpoints), "--device", "cpu", "--vram-mode", "all_gpu")
     with running_service("vae", *flags, serving=False) as service:
-        assert service.process.wait(TIMEOUT_S) == 2
+        assert service.process.wait(TIMEOUT_S) == EXIT_BAD_CONFIG
+    assert "got all_gpu" in str(service.log)
 
 
 def test_a_decode_waits_for_its_turn_and_the_next_stage_for_the_decode_only(checkpoints, put, tmp_path) -> None:
