@@ -116,6 +116,9 @@ def _allocate(num_bytes: int) -> torch.Tensor:
 def _register(memory: torch.Tensor) -> None:
     code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
     if int(code) != 0:
+        # CUDA tells the error once more at the next launch that is checked, which shall not be a job's.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda").neg()
         what = f"{memory.nbytes / 2**30:.2f} GiB of host memory cannot be locked for CUDA: {_named(code)}"
         raise OutOfMemory(f"{what}; free host memory, or choose a mode in which weights stay on the device")
 
