@@ -34,9 +34,11 @@ class DeviceTurns:
             key: of the device, see `device_key`; None: every turn can be had at once.
             folder: for the lock files, the same for all stages; None: one of the user's in the temporary folder.
         """
-        folder = folder or Path(tempfile.gettempdir()) / f"ovi-turns-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self._locks = None if key is None else (folder / f"{key}.next", folder / f"{key}.now")
+        self._locks = None
+        if key is not None:
+            folder = folder or Path(tempfile.gettempdir()) / f"ovi-turns-{os.getuid()}"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._locks = folder / f"{key}.next", folder / f"{key}.now"
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
