@@ -80,9 +80,7 @@ class SafetensorsHeader:
             raise CheckpointError(f"{path}: has {size} bytes, its header announces {end}; the file is truncated")
         return cls(path, metadata, layout)
 
-    def tensors(
-        self, device: torch.device, keys: Iterable[str] | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, device: torch.device, keys: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(key, tensor) of these keys, moved from the memory map to `device` one at a time, without a second copy in
         RAM; None: of every key.
 
