@@ -58,8 +58,9 @@ async def run(options: FusionOptions) -> None:
         await watcher.start()
         await asyncio.to_thread(engine.discover)
         model = engine.variant(options.model).variant.id if options.model else next(iter(engine.served))
-        await worker.run(lambda: engine.load(model))
-        await worker.run(lambda: engine.warm_up(model))
+        async with servicer.turn():
+            await worker.run(lambda: engine.load(model))
+            await worker.run(lambda: engine.warm_up(model))
 
     async def close() -> None:
         idle = worker.close()

@@ -60,6 +60,11 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         self._options = options
         self._turns = DeviceTurns(device_key(options.stage.device))
 
+    def turn(self, *modes: VramMode) -> contextlib.AbstractAsyncContextManager[None]:
+        """Around work on the device in these modes: one stage at a time, if one of them or the present one says so."""
+        takes = any(RECIPES[mode].takes_turns for mode in (*modes, self._engine.mode) if mode is not VramMode.AUTO)
+        return self._turns.turn() if takes else contextlib.nullcontext()
+
     async def Denoise(
         self, request: pb.DenoiseRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DenoiseResponse]:
@@ -80,8 +85,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         if violations := check_finite(inputs):
             raise InvalidRequest(violations)
         async with contextlib.AsyncExitStack() as stack:
-            if RECIPES[mode].takes_turns:
-                await stack.enter_async_context(self._turns.turn())
+            await stack.enter_async_context(self.turn(mode))
             stream = self._worker.stream(lambda: self._engine.denoise(spec, inputs, mode))
             async for event in await stack.enter_async_context(contextlib.aclosing(stream)):
                 if isinstance(event, StepDone):
@@ -130,7 +134,8 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             model = self._engine.variant(model).variant.id
         else:
             model = self._engine.loaded_id or next(iter(self._engine.served))
-        await self._worker.run(lambda: self._engine.set_mode(mode, model))
+        async with self.turn(mode):
+            await self._worker.run(lambda: self._engine.set_mode(mode, model))
         return self.plan(PlanWish(VramMode.AUTO, model, None))
 
     def _checked(self, request: pb.DenoiseRequest) -> tuple[RunSpec, dict[str, tensor_pb2.TensorRef]]:
