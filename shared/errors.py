@@ -105,6 +105,16 @@ class OutOfMemory(OviError):
     reason = "OUT_OF_MEMORY"
 
 
+class RateLimited(ResourceExhausted):
+    """Too many calls; the same call succeeds after `retry_after_s`."""
+
+    reason = "RATE_LIMITED"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
 class DiskFull(OviError):
     """A folder that must be written has no space left; the same call succeeds once there is some."""
 
@@ -144,6 +154,13 @@ class Unauthenticated(OviError):
     reason = "UNAUTHENTICATED"
 
 
+class PermissionDenied(OviError):
+    """Known credentials that do not allow this."""
+
+    code = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
+
+
 ERRORS: tuple[type[OviError], ...] = (
     InvalidRequest,
     NotFound,
@@ -154,10 +171,12 @@ ERRORS: tuple[type[OviError], ...] = (
     CorruptTensor,
     ResourceExhausted,
     OutOfMemory,
+    RateLimited,
     DiskFull,
     Unavailable,
     DeadlineExceeded,
     Cancelled,
     Internal,
     Unauthenticated,
+    PermissionDenied,
 )

@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_status import rpc_status
 
-from shared.errors import Internal, InvalidRequest, OutOfMemory, OviError, Unavailable
+from shared.errors import Internal, InvalidRequest, OutOfMemory, OviError, RateLimited, Unavailable
 from shared.grpc_client import REQUEST_ID_KEY
 from shared.logging import get_logger
 
@@ -43,6 +43,10 @@ def status_of(error: Exception) -> grpc.Status:
         for violation in error.violations:
             bad.field_violations.add(field=violation.field, description=violation.description)
         details.append(bad)
+    if isinstance(error, RateLimited):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(retry)
     packed = []
     for detail in details:
         packed.append(any_pb2.Any())

@@ -1,0 +1,140 @@
+"""Who makes the present call, and what they may do. Knows no wire and no database."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from shared.errors import NotFound, PermissionDenied
+
+
+class Role(enum.Enum):
+    """What a key is for; values are those of the table."""
+
+    VIEWER = "viewer"
+    """Reads everything, changes nothing."""
+    USER = "user"
+    """Makes jobs, and sees and manages its own alone."""
+    ADMIN = "admin"
+    """Everything."""
+
+
+class Action(enum.Enum):
+    """What a call does, as far as roles tell calls apart."""
+
+    READ = "read"
+    """Jobs that the caller sees, models, devices, plans, metrics."""
+    MAKE = "make"
+    """Jobs of the caller: creating, cancelling, deleting; pictures for them."""
+    ADMINISTER = "administer"
+    """The stack and everybody's jobs."""
+
+
+_ALLOWED = {
+    Role.VIEWER: frozenset({Action.READ}),
+    Role.USER: frozenset({Action.READ, Action.MAKE}),
+    Role.ADMIN: frozenset(Action),
+}
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """Limits of one key; None: none."""
+
+    max_concurrent_jobs: int | None = None
+    """Jobs of this key worked on at once; the others wait."""
+    max_daily_jobs: int | None = None
+    """Jobs made within 24 hours; further ones are refused."""
+    requests_per_minute: int | None = None
+    """Calls a minute, each replica counting its own; None: the gateway's --requests-per-minute."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_concurrent_jobs", "max_daily_jobs", "requests_per_minute"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 1_000_000_000:
+                raise ValueError(f"{name}: got {value}, allowed is 1 to 1000000000, or nothing for no limit")
+
+
+NO_LIMITS = KeyLimits()
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever makes a call."""
+
+    role: Role
+    key_id: str = ""
+    """Of the API key; empty where none is asked for."""
+    name: str = ""
+    """Of the API key, for people."""
+    limits: KeyLimits = NO_LIMITS
+    only_job: str = ""
+    """The one job that a signed link opens; empty: the role decides."""
+
+    @property
+    def owner_filter(self) -> str | None:
+        """The key whose jobs this caller is shown; None: everybody's."""
+        return self.key_id if self.role is Role.USER else None
+
+    def sees(self, job_id: str, owner: str) -> bool:
+        """True if a job of the key `owner` may be shown to this caller."""
+        if self.only_job:
+            return job_id == self.only_job
+        return self.owner_filter is None or owner == self.owner_filter
+
+    def require(self, action: Action) -> None:
+        """Go on only if the role allows it.
+
+        Raises:
+            PermissionDenied: it does not; names the role that does.
+        """
+        if action in _ALLOWED[self.role] and not (self.only_job and action is not Action.READ):
+            return
+        needed = next(role for role in Role if action in _ALLOWED[role])
+        whose = f"the API key {self.name!r}" if self.key_id else "this link"
+        raise PermissionDenied(
+            f"{whose} has the role {self.role.value}; this call needs {needed.value} or higher."
+            f" An administrator makes such a key: ovi keys create NAME --role {needed.value}"
+        )
+
+    def require_job(self, job_id: str, owner: str) -> None:
+        """Go on only if this caller may see the job; otherwise it is as if there were none.
+
+        Raises:
+            NotFound: it may not.
+        """
+        if not self.sees(job_id, owner):
+            raise no_such_job(job_id)
+
+
+LOCAL = Caller(Role.ADMIN, name="local")
+"""Everybody, where no keys are asked for."""
+
+_current: ContextVar[Caller] = ContextVar("caller")
+
+
+def no_such_job(job_id: str) -> NotFound:
+    """The same words for a job that is not there and for one that is not shown."""
+    return NotFound(f"there is no job {job_id[:64]!r}; ListJobs shows what there is")
+
+
+def current_caller() -> Caller:
+    """Who makes the call that this task works on.
+
+    Raises:
+        LookupError: nobody was set: the way in has asked for no one, which is our mistake.
+    """
+    return _current.get()
+
+
+@contextlib.contextmanager
+def acting_as(caller: Caller) -> Iterator[None]:
+    """Inside, `current_caller` is this one. Set by whatever lets calls in: gRPC, HTTP, Socket.IO."""
+    token = _current.set(caller)
+    try:
+        yield
+    finally:
+        _current.reset(token)

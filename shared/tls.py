@@ -1,0 +1,190 @@
+"""Transport security: which certificates a process shows and trusts, and what may listen without any.
+
+TLS 1.2 and later, by gRPC's and Python's own defaults. Certificates are read once, at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from cryptography import x509
+
+CERT_FLAG = "--tls-cert"
+INSECURE_FLAG = "--insecure"
+ChannelOptions = Sequence[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """The certificate files of one side of a process, all PEM. With all of them None everything is plain text.
+
+    Raises:
+        ValueError: files that cannot be used, named by their flags.
+    """
+
+    cert: Path | None = None
+    """Certificate (chain) that is shown to whoever connects, and to servers that ask for one."""
+    key: Path | None = None
+    """Its private key."""
+    client_ca: Path | None = None
+    """As a server: callers must show a certificate of this authority (mTLS). None: anybody may connect."""
+    ca: Path | None = None
+    """As a client: servers must show a certificate of this authority. None: connections are plain text."""
+    prefix: str = "--tls"
+    """How the flags of these files begin, for errors."""
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            given, missing = ("cert", "key") if self.key is None else ("key", "cert")
+            raise ValueError(f"{self.prefix}-{given} needs {self.prefix}-{missing}; give both or neither")
+        if self.client_ca is not None and self.cert is None:
+            raise ValueError(f"{self.prefix}-client-ca needs {self.prefix}-cert and {self.prefix}-key")
+        if self.cert is not None and self.key is not None:
+            _check_pair(self.cert, self.key, self.prefix)
+        for flag, path in (("client-ca", self.client_ca), ("ca", self.ca)):
+            if path is not None:
+                _certificates(path, f"{self.prefix}-{flag}")
+
+    @property
+    def serves(self) -> bool:
+        """True if servers of this side speak TLS."""
+        return self.cert is not None
+
+    def server_credentials(self) -> grpc.ServerCredentials | None:
+        """For a gRPC port; None: plain text."""
+        if self.cert is None or self.key is None:
+            return None
+        ca = self.client_ca.read_bytes() if self.client_ca is not None else None
+        pair = (self.key.read_bytes(), self.cert.read_bytes())
+        return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """For a gRPC channel; None: plain text."""
+        if self.ca is None:
+            return None
+        cert = self.cert.read_bytes() if self.cert is not None else None
+        key = self.key.read_bytes() if self.key is not None else None
+        return grpc.ssl_channel_credentials(self.ca.read_bytes(), key, cert)
+
+
+PLAIN = Tls()
+
+
+def add_secure_port(server: grpc.Server | grpc.aio.Server, host: str, port: int, tls: Tls) -> int:
+    """Listen on host:port, with TLS where it has certificates; the port.
+
+    Raises:
+        RuntimeError: the port is taken.
+    """
+    bare = host.strip("[]")
+    address = f"[{bare}]:{port}" if ":" in bare else f"{host}:{port}"
+    credentials = tls.server_credentials()
+    if credentials is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, credentials)
+
+
+def open_channel(address: str, tls: Tls, options: ChannelOptions = ()) -> grpc.aio.Channel:
+    """A channel to host:port, with TLS where an authority is named."""
+    credentials = tls.channel_credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def open_sync_channel(address: str, tls: Tls) -> grpc.Channel:
+    """The same for threads."""
+    credentials = tls.channel_credentials()
+    return grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine reaches what listens there."""
+    bare = host.strip("[]")
+    if bare == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False
+
+
+def require_protection(flag: str, host: str, tls: Tls, *, insecure: bool) -> None:
+    """Refuse to listen in plain text where other machines can reach it, unless that was asked for.
+
+    Args:
+        flag: that named the host, for the error.
+        host: interface.
+        tls: of what listens there.
+        insecure: plain text was asked for.
+
+    Raises:
+        ValueError: says what to add.
+    """
+    if is_loopback(host) or tls.serves or insecure:
+        return
+    raise ValueError(
+        f"{flag} {host}: other machines reach this, and without TLS they could read and change everything;"
+        f" add {tls.prefix}-cert FILE and {tls.prefix}-key FILE, or {INSECURE_FLAG} for a network that you trust"
+    )
+
+
+def add_tls_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a service's own side."""
+    add = parser.add_argument
+    add("--tls-cert", type=Path, help="PEM certificate of this service; with --tls-key: listen with TLS")
+    add("--tls-key", type=Path, help="its private key")
+    add("--tls-client-ca", type=Path, help="PEM authority: callers must show a certificate of it (mTLS)")
+    add(INSECURE_FLAG, action="store_true", help="listen in plain text beyond the loopback, if --host says so")
+
+
+def common_name(cert: Path) -> str:
+    """A DNS name or address that a certificate is for: what a client that trusts this very file may ask for.
+
+    Raises:
+        ValueError: it names none.
+    """
+    first = _certificates(cert, CERT_FLAG)[0]
+    try:
+        names = first.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        raise ValueError(f"{CERT_FLAG} {cert}: has no subject alternative name; make one for a host name") from None
+    known: list[str] = [*names.get_values_for_type(x509.DNSName)]
+    known += [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    if not known:
+        raise ValueError(f"{CERT_FLAG} {cert}: is for no host name and no address")
+    return known[0].replace("*", "any", 1)
+
+
+def _certificates(path: Path, flag: str) -> list[x509.Certificate]:
+    try:
+        found = x509.load_pem_x509_certificates(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ValueError(f"{flag} {path}: holds no certificate in PEM form") from None
+    now = datetime.now(UTC)
+    if found[0].not_valid_after_utc < now:
+        raise ValueError(f"{flag} {path}: its certificate ended on {found[0].not_valid_after_utc:%Y-%m-%d}; renew it")
+    return found
+
+
+def _check_pair(cert: Path, key: Path, prefix: str) -> None:
+    _certificates(cert, f"{prefix}-cert")
+    try:
+        key.read_bytes()
+        # An empty password, so that an encrypted key is refused rather than asked for on a terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except ssl.SSLError:
+        raise ValueError(f"{prefix}-key {key}: is not the unencrypted PEM key of {prefix}-cert {cert}") from None
+    except OSError as error:
+        raise ValueError(f"{prefix}-key {key}: cannot be read ({error.strerror})") from None
