@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -72,9 +73,15 @@ def build(config: FusionConfig, weights: dict[str, torch.Tensor]) -> FusionModel
 
 def layout(config: FusionConfig) -> Layout:
     """Every key of a bfloat16 file of these widths."""
+    return {key: (torch.bfloat16, shape) for key, shape in _shapes(config).items()}
+
+
+@lru_cache(maxsize=8)
+def _shapes(config: FusionConfig) -> dict[str, tuple[int, ...]]:
+    # A model is made to be asked, which takes a part of a second; the files of a folder are alike.
     with torch.device("meta"):
         model = FusionModel(config)
-    return {key: (torch.bfloat16, tuple(value.shape)) for key, value in model.state_dict().items()}
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def infer_config(found: Layout, path: Path, *, num_heads: int, text_len: int) -> FusionConfig:
