@@ -26,6 +26,8 @@ class OviError(Exception):
 
     code: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
+    retry_after_s: float | None = None
+    """After how many seconds the same call may succeed; None: repeating it does not help, or nobody knows."""
 
     @property
     def message(self) -> str:
@@ -98,6 +100,24 @@ class ResourceExhausted(OviError):
     reason = "RESOURCE_EXHAUSTED"
 
 
+class QuotaExceeded(OviError):
+    """Somebody has used all that is theirs for now; says whose, of what, and when there is more."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, message: str, subject: str = "", retry_after_s: float | None = None) -> None:
+        """
+        Args:
+            message: what was used up, and when there is more.
+            subject: whose quota it is, for example "key:team-a".
+            retry_after_s: seconds until there is more.
+        """
+        super().__init__(message)
+        self.subject = subject
+        self.retry_after_s = retry_after_s
+
+
 class OutOfMemory(OviError):
     """The device has not enough memory for this work; the same call would fail again."""
 
@@ -127,6 +147,7 @@ class Unavailable(OviError):
 
     code = "UNAVAILABLE"
     reason = "UNAVAILABLE"
+    retry_after_s = 2.0
 
 
 class DeadlineExceeded(OviError):
@@ -170,6 +191,7 @@ ERRORS: tuple[type[OviError], ...] = (
     CheckpointError,
     CorruptTensor,
     ResourceExhausted,
+    QuotaExceeded,
     OutOfMemory,
     RateLimited,
     DiskFull,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -21,9 +22,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_status import rpc_status
 
-from shared.errors import Internal, InvalidRequest, OutOfMemory, OviError, RateLimited, Unavailable
+from shared.errors import Internal, InvalidRequest, OutOfMemory, OviError, QuotaExceeded, Unavailable
 from shared.grpc_client import REQUEST_ID_KEY
 from shared.logging import get_logger
+from shared.tls import PLAIN, Tls, add_secure_port
 
 log = get_logger(__name__)
 
@@ -43,9 +45,13 @@ def status_of(error: Exception) -> grpc.Status:
         for violation in error.violations:
             bad.field_violations.add(field=violation.field, description=violation.description)
         details.append(bad)
-    if isinstance(error, RateLimited):
+    if isinstance(error, QuotaExceeded):
+        failure = error_details_pb2.QuotaFailure()
+        failure.violations.add(subject=error.subject, description=error.message[:1000])
+        details.append(failure)
+    if error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        retry.retry_delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))
         details.append(retry)
     packed = []
     for detail in details:
@@ -241,6 +247,8 @@ class ListenConfig:
     """TCP port; 0 picks a free one."""
     grace_s: float
     """Seconds that calls under way have to end after SIGTERM."""
+    tls: Tls = PLAIN
+    """Certificates of the port."""
 
 
 def _add_reflection(names: Sequence[str], server: grpc.aio.Server) -> None:
@@ -281,13 +289,13 @@ async def serve(
     health_pb2_grpc.add_HealthServicer_to_server(readiness.health, server)
     reflected = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
     _add_reflection(reflected, server)
-    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    port = add_secure_port(server, config.host, config.port, config.tls)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, stopping.set)
     await server.start()
-    log.info("listening", address=f"{config.host}:{port}")
+    log.info("listening", address=f"{config.host}:{port}", tls=config.tls.serves)
     try:
         await _load_or_stop(load, stopping)
         if not stopping.is_set():

@@ -17,7 +17,10 @@ from shared.group.ranks import Ranks, end_torchrun
 from shared.grpc_server import ListenConfig
 from shared.logging import configure_logging, get_logger
 from shared.memory.modes import VramMode
+from shared.tensors.service import TensorServer
+from shared.tensors.store import TensorStore
 from shared.tensors.transport import LOOPBACK_HOSTS
+from shared.tls import Tls, add_tls_flags, require_protection
 
 log = get_logger(__name__)
 
@@ -51,6 +54,17 @@ class StageOptions:
     memory_bytes: int | None
     """Most bytes of the device that this process may reserve; None: what is free when it starts."""
 
+    def tensor_server(self, store: TensorStore) -> TensorServer:
+        """A TensorService on this stage's data port.
+
+        Raises:
+            RuntimeError: the port is taken.
+        """
+        listen = self.listen
+        return TensorServer(
+            store, host=listen.host, port=self.data_port, advertise_host=self.advertise_host, tls=listen.tls
+        )
+
 
 def stage_parser(service: str, default_port: int) -> argparse.ArgumentParser:
     """A parser with the flags that all stages share; a stage adds its own."""
@@ -70,6 +84,8 @@ def stage_parser(service: str, default_port: int) -> argparse.ArgumentParser:
     modes = [mode.value for mode in VramMode]
     add("--vram-mode", default="auto", choices=modes, help="how device memory is used (default: %(default)s)")
     add("--memory-gib", type=float, default=None, help="most GiB of the device to reserve (default: what is free)")
+    add_tls_flags(parser)
+    add("--tls-ca", type=Path, help="PEM authority of the services whose tensors are fetched, which then is by TLS")
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
@@ -79,13 +95,18 @@ def stage_options(args: argparse.Namespace) -> StageOptions:
     """Resolve parsed flags.
 
     Raises:
-        SystemExit: a device that is not there.
+        SystemExit: a device that is not there, certificates that cannot be used, or none where they are needed.
     """
     device = resolve_device(args.device)
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        tls = Tls(args.tls_cert, args.tls_key, args.tls_client_ca, args.tls_ca)
+        require_protection("--host", args.host, tls, insecure=args.insecure)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     extra = {host.strip() for host in args.producer_hosts.split(",") if host.strip()}
     return StageOptions(
-        listen=ListenConfig(args.host, args.port, args.grace_s),
+        listen=ListenConfig(args.host, args.port, args.grace_s, tls),
         data_port=args.data_port,
         advertise_host=args.advertise_host or args.host,
         producer_hosts=LOOPBACK_HOSTS | extra,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.grpc_server import ListenConfig
+from shared.tls import Tls
 
 
 @dataclass(frozen=True)
@@ -60,4 +61,6 @@ class GatewayOptions:
     data_dir: Path
     """Database, artifacts and pictures; owned by one gateway at a time."""
     stages: StageAddresses
+    stage_tls: Tls
+    """Certificates towards the stages: of this gateway's connections to them, and of its data port."""
     pipeline: PipelineOptions

@@ -26,6 +26,7 @@ from shared.grpc_client import REQUEST_ID_KEY, error_of
 from shared.memory.device_state import DeviceState
 from shared.system_proto import device_from_proto, vram_mode_from_proto
 from shared.tensors.framing import CHUNK_BYTES
+from shared.tls import PLAIN, Tls, open_channel
 from shared.variants import PromptFormat
 
 T = TypeVar("T")
@@ -135,9 +136,9 @@ class TextEncoderClient:
 
     name = "text_encoder"
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self.channel = open_channel(address, tls, _CHANNEL_OPTIONS)
         self._stub = text_encoder_pb2_grpc.TextEncoderServiceStub(self.channel)
         self.system = SystemClient(self.name, address, self.channel)
 
@@ -164,9 +165,9 @@ class FusionClient:
 
     name = "fusion"
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self.channel = open_channel(address, tls, _CHANNEL_OPTIONS)
         self._stub = fusion_pb2_grpc.FusionServiceStub(self.channel)
         self.system = SystemClient(self.name, address, self.channel)
 
@@ -220,9 +221,9 @@ class VaeClient:
 
     name = "vae"
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self.channel = open_channel(address, tls, _CHANNEL_OPTIONS)
         self._stub = vae_pb2_grpc.VaeServiceStub(self.channel)
         self.system = SystemClient(self.name, address, self.channel)
 
@@ -264,10 +265,11 @@ class StageClients:
     vae: Replicas[VaeClient]
 
     @classmethod
-    def connect(cls, addresses: StageAddresses) -> StageClients:
-        """Clients of these addresses; the connections are made at the first calls."""
-        fusion, vae = map(FusionClient, addresses.fusion), map(VaeClient, addresses.vae)
-        return cls(TextEncoderClient(addresses.text_encoder), Replicas(list(fusion)), Replicas(list(vae)))
+    def connect(cls, addresses: StageAddresses, tls: Tls = PLAIN) -> StageClients:
+        """Clients of these addresses, with TLS where it names an authority; connected at the first calls."""
+        fusion = Replicas([FusionClient(address, tls) for address in addresses.fusion])
+        vae = Replicas([VaeClient(address, tls) for address in addresses.vae])
+        return cls(TextEncoderClient(addresses.text_encoder, tls), fusion, vae)
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """The variants of the first fusion service that answers.

@@ -12,7 +12,6 @@ from shared.memory.devices import Devices
 from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.service_main import run_service, stage_options, stage_parser
 from shared.system_service import system_service
-from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 
 DEFAULT_PORT = 50051
@@ -23,7 +22,7 @@ async def run(options: TextEncoderOptions) -> None:
     stage = options.stage
     worker = DeviceWorker("text encoder", max_pending=stage.max_pending, device=stage.device)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
-    tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
+    tensors = stage.tensor_server(store)
     servicer = TextEncoderServicer(options, worker, tensors)
     watcher = DeviceWatcher(own_devices(Devices()))
     services = [

@@ -13,6 +13,7 @@ from ovi.common.v1 import tensor_pb2_grpc as pb_grpc
 from shared.grpc_server import SyncErrorInterceptor
 from shared.tensors.framing import chunks_of, safetensors_header, spec_to_proto
 from shared.tensors.store import Lease, TensorStore
+from shared.tls import PLAIN, Tls, add_secure_port
 
 _THREADS = 8
 
@@ -41,13 +42,14 @@ class TensorServicer(pb_grpc.TensorServiceServicer):
 class TensorServer:
     """A running TensorService and the references it hands out."""
 
-    def __init__(self, store: TensorStore, *, host: str, port: int, advertise_host: str) -> None:
+    def __init__(self, store: TensorStore, *, host: str, port: int, advertise_host: str, tls: Tls = PLAIN) -> None:
         """
         Args:
             store: what to serve.
             host: interface to listen on.
             port: TCP port; 0 picks a free one.
             advertise_host: name under which consumers reach this machine.
+            tls: certificates of the port.
 
         Raises:
             RuntimeError: the port is taken.
@@ -57,7 +59,7 @@ class TensorServer:
             ThreadPoolExecutor(_THREADS, thread_name_prefix="tensors"), interceptors=[SyncErrorInterceptor()]
         )
         pb_grpc.add_TensorServiceServicer_to_server(TensorServicer(store), self._server)
-        bound = self._server.add_insecure_port(f"{host}:{port}")
+        bound = add_secure_port(self._server, host, port, tls)
         self.address = f"{advertise_host}:{bound}"
         self._server.start()
 

@@ -14,6 +14,7 @@ from ovi.common.v1 import tensor_pb2_grpc as pb_grpc
 from shared.errors import CorruptTensor, FieldViolation, InvalidRequest, ReferenceLost
 from shared.grpc_client import error_of
 from shared.tensors.framing import TensorAssembler, TensorSpec, check_safetensors_header, spec_from_proto
+from shared.tls import PLAIN, Tls, open_sync_channel
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -31,7 +32,12 @@ class TensorTransport(Protocol):
 class Channels:
     """One gRPC channel a producer address, opened at first use and kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls = PLAIN) -> None:
+        """
+        Args:
+            tls: how producers are connected to.
+        """
+        self._tls = tls
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
@@ -40,7 +46,7 @@ class Channels:
         with self._lock:
             channel = self._channels.get(address)
             if channel is None:
-                channel = self._channels[address] = grpc.insecure_channel(address)
+                channel = self._channels[address] = open_sync_channel(address, self._tls)
         return pb_grpc.TensorServiceStub(channel)
 
     def close(self) -> None:
@@ -113,9 +119,9 @@ class TensorResolver:
         self._hosts = frozenset(hosts)
 
     @classmethod
-    def over_grpc(cls, hosts: Collection[str] = LOOPBACK_HOSTS) -> TensorResolver:
+    def over_grpc(cls, hosts: Collection[str] = LOOPBACK_HOSTS, tls: Tls = PLAIN) -> TensorResolver:
         """A resolver with the stream alone."""
-        channels = Channels()
+        channels = Channels(tls)
         return cls([GrpcStreamTransport(channels)], channels, hosts)
 
     def fetch(self, ref: pb.TensorRef, *, field: str, max_bytes: int, timeout_s: float = 60.0) -> torch.Tensor:

@@ -75,15 +75,15 @@ class Caller:
     """The one job that a signed link opens; empty: the role decides."""
 
     @property
-    def owner_filter(self) -> str | None:
+    def key_filter(self) -> str | None:
         """The key whose jobs this caller is shown; None: everybody's."""
         return self.key_id if self.role is Role.USER else None
 
-    def sees(self, job_id: str, owner: str) -> bool:
-        """True if a job of the key `owner` may be shown to this caller."""
+    def sees(self, job_id: str, key_id: str) -> bool:
+        """True if a job that was made with the key `key_id` may be shown to this caller."""
         if self.only_job:
             return job_id == self.only_job
-        return self.owner_filter is None or owner == self.owner_filter
+        return self.key_filter is None or key_id == self.key_filter
 
     def require(self, action: Action) -> None:
         """Go on only if the role allows it.
@@ -100,13 +100,13 @@ class Caller:
             f" An administrator makes such a key: ovi keys create NAME --role {needed.value}"
         )
 
-    def require_job(self, job_id: str, owner: str) -> None:
+    def require_job(self, job_id: str, key_id: str) -> None:
         """Go on only if this caller may see the job; otherwise it is as if there were none.
 
         Raises:
             NotFound: it may not.
         """
-        if not self.sees(job_id, owner):
+        if not self.sees(job_id, key_id):
             raise no_such_job(job_id)
 
 
