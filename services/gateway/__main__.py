@@ -13,7 +13,10 @@ from services.gateway.config import GatewayOptions, PipelineOptions, StageAddres
 from services.gateway.database import DATABASE_FILE, CannotStart, DataDirLock, open_database
 from services.gateway.engine import GatewayEngine
 from services.gateway.fitting import Fitting
-from services.gateway.http_app import GatewayPhase, HttpSide, make_app
+from services.gateway.http.app import make_app
+from services.gateway.http.backend import Backend, GatewayPhase
+from services.gateway.http.options import add_http_flags, http_options
+from services.gateway.http.server import HttpSide
 from services.gateway.images import ImageStore
 from services.gateway.jobs.store import JobStore
 from services.gateway.jobs.tracker import JobTracker
@@ -33,6 +36,7 @@ from shared.system_service import system_grpc_service
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import LOOPBACK_HOSTS, TensorResolver
+from shared.tls import Tls, add_tls_flags, require_protection
 
 _LATENT_LEASE_S = 3600.0
 _LATENT_STORE_BYTES = 1 << 30
@@ -54,23 +58,34 @@ async def _run_owner(options: GatewayOptions) -> None:
     metrics, phase = GatewayMetrics(), GatewayPhase()
     store = JobStore(database)
     tracker = JobTracker(store, metrics)
-    clients = StageClients.connect(options.stages)
+    clients = StageClients.connect(options.stages, options.stage_tls)
     catalog = ModelCatalog(clients.models)
     system = StackSystem(clients)
     watcher = DeviceWatcher(system.look)
     artifacts, images = Artifacts(options.data_dir / "artifacts"), ImageStore(options.data_dir / "images")
-    resolver = TensorResolver.over_grpc(options.producer_hosts)
+    resolver = TensorResolver.over_grpc(options.producer_hosts, options.stage_tls)
     latents = TensorStore(lease_s=_LATENT_LEASE_S, max_bytes=_LATENT_STORE_BYTES)
     tensors = TensorServer(
-        latents, host=options.data_host, port=options.data_port, advertise_host=options.advertise_host
+        latents,
+        host=options.data_host,
+        port=options.data_port,
+        advertise_host=options.advertise_host,
+        tls=options.stage_tls,
     )
     work = JobWork(tracker, clients, catalog, artifacts, images, resolver, tensors, metrics, options.pipeline)
     pipeline = Pipeline(database, tracker, work, options.pipeline)
     fitting = Fitting(clients.fusion_plan)
     engine = GatewayEngine(tracker, pipeline, catalog, fitting, artifacts, images, metrics)
-    app = make_app(engine, clients, artifacts, metrics, phase, system, watcher)
+    backend = Backend(engine, clients, artifacts, metrics, phase, system, watcher)
     try:
-        http = HttpSide(app, host=listen.host, port=options.http_port, grace_s=listen.grace_s)
+        http = HttpSide(
+            make_app(backend, options.http),
+            host=listen.host,
+            port=options.http_port,
+            grace_s=listen.grace_s,
+            max_message_bytes=options.http.max_body_bytes,
+            tls=listen.tls,
+        )
     except OSError as error:
         raise CannotStart(
             f"--http-port {options.http_port} on {listen.host}: {error.strerror}; choose another"
@@ -141,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-concurrent-jobs", type=int, default=3, help="jobs worked on at once (default: %(default)s)")
     add("--worker-wait-s", type=float, default=600.0, help="seconds a job waits for a stage (default: %(default)s)")
     add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
+    add_http_flags(parser)
+    add_tls_flags(parser)
+    add("--stage-tls-ca", type=Path, help="PEM authority of the stages: they are called, and may call, by mTLS alone")
+    add("--stage-tls-cert", type=Path, help="PEM certificate shown to the stages (default: --tls-cert)")
+    add("--stage-tls-key", type=Path, help="its private key (default: --tls-key)")
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
@@ -150,6 +170,25 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _certificates(args: argparse.Namespace) -> tuple[Tls, Tls]:
+    """Towards clients, and towards the stages.
+
+    Raises:
+        ValueError: they cannot be used, or are missing where the gateway listens.
+    """
+    tls = Tls(args.tls_cert, args.tls_key, args.tls_client_ca)
+    require_protection("--host", args.host, tls, insecure=args.insecure)
+    stage_tls = Tls(prefix="--stage-tls")
+    if args.stage_tls_ca is not None:
+        own = args.stage_tls_cert is not None or args.stage_tls_key is not None
+        cert, key = (args.stage_tls_cert, args.stage_tls_key) if own else (args.tls_cert, args.tls_key)
+        stage_tls = Tls(cert, key, args.stage_tls_ca, args.stage_tls_ca, prefix="--stage-tls")
+    elif args.stage_tls_cert is not None or args.stage_tls_key is not None:
+        raise ValueError("--stage-tls-cert and --stage-tls-key need --stage-tls-ca, the authority of the stages")
+    require_protection("--data-host", args.data_host, stage_tls, insecure=args.insecure)
+    return tls, stage_tls
+
+
 def main() -> None:
     """Parse flags and run."""
     parser = _parser()
@@ -157,17 +196,21 @@ def main() -> None:
     try:
         pipeline = PipelineOptions(args.max_concurrent_jobs, args.worker_wait_s, args.stage_timeout_s)
         stages = StageAddresses(args.text_encoder, _listed(args.fusion), _listed(args.vae))
+        http = http_options(args)
+        tls, stage_tls = _certificates(args)
     except ValueError as error:
         parser.error(str(error))
     options = GatewayOptions(
-        listen=ListenConfig(args.host, args.grpc_port, args.grace_s),
+        listen=ListenConfig(args.host, args.grpc_port, args.grace_s, tls),
         http_port=args.http_port,
+        http=http,
         data_host=args.data_host,
         data_port=args.data_port,
         advertise_host=args.advertise_host or args.data_host,
         producer_hosts=LOOPBACK_HOSTS | set(_listed(args.producer_hosts)),
         data_dir=args.data_dir.absolute(),
         stages=stages,
+        stage_tls=stage_tls,
         pipeline=pipeline,
     )
     try:

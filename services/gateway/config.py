@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.gateway.http.options import HttpOptions
 from shared.grpc_server import ListenConfig
 from shared.tls import Tls
 
@@ -50,6 +51,7 @@ class GatewayOptions:
     listen: ListenConfig
     http_port: int
     """Port of the HTTP side, on the same interface; 0 picks a free one."""
+    http: HttpOptions
     data_host: str
     """Interface of the data port; only the stages need to reach it."""
     data_port: int

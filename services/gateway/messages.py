@@ -54,7 +54,7 @@ def job_to_proto(job: Job) -> pb.Job:
     message = pb.Job(
         id=job.id,
         state=_STATES[job.state],
-        parameters=_parameters(job.parameters),
+        parameters=parameters_to_proto(job.parameters),
         progress=pb.JobProgress(
             stage=_STAGES[job.progress.stage],
             done=job.progress.done,
@@ -99,7 +99,8 @@ def model_to_proto(model: ModelInfo) -> pb.Model:
     )
 
 
-def _parameters(parameters: ClipParameters) -> pb.GenerationParameters:
+def parameters_to_proto(parameters: ClipParameters) -> pb.GenerationParameters:
+    """The wire form of what was asked, every field set."""
     return pb.GenerationParameters(
         prompt=parameters.prompt,
         video_negative_prompt=parameters.video_negative_prompt,

@@ -1,0 +1,1 @@
+"""What OpenAI's videos API says, over the same jobs."""
