@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from services.fusion.sampling.denoise import (
     Conditions,
     Latents,
     Predictor,
+    RunState,
     StepDone,
     denoise,
     draw_noise,
@@ -220,9 +223,41 @@ class FusionEngine:
             pass
         log.info("warmed up", model=model, seconds=round(time.perf_counter() - start, 3))
 
+    def identity(self, spec: RunSpec, inputs: RunInputs, mode: VramMode) -> dict[str, str]:
+        """What decides the latents of a run to the bit, by name.
+
+        Args:
+            spec: of the run, checked.
+            inputs: of the run.
+            mode: in which it is made, not AUTO.
+
+        Raises:
+            OutOfMemory: see `plan`.
+        """
+        served, layout = self.served[spec.model], self.plan(spec.model, mode).layout
+        checksum = hashlib.sha256()
+        for tensor in (inputs.prompt_LC, inputs.video_negative_LC, inputs.audio_negative_LC, inputs.first_frame_C1HW):
+            if tensor is not None:
+                checksum.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+                checksum.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            checksum.update(b"|")
+        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
+        sequence, guidance = (self._groups.sequence.size, self._groups.guidance.size) if self._groups else (1, 1)
+        return {
+            "version": f"ovi-serve {version('ovi-serve')}, torch {torch.__version__}",
+            "model": f"{spec.model} {served.fingerprint}",
+            "size": f"{spec.height}x{spec.width}",
+            **{name: str(value) for name, value in asdict(spec.options).items()},
+            "inputs": checksum.hexdigest(),
+            "weights": layout.weights.value,
+            "arithmetic": f"{self._dtype}, {self.ops.name}, chunks of {layout.token_chunk}",
+            "plan": f"guidance {guidance} x sequence {sequence}",
+            "device": device,
+        }
+
     def denoise(
-        self, spec: RunSpec, inputs: RunInputs, mode: VramMode = VramMode.AUTO
-    ) -> Iterator[StepDone | ModeLowered | Latents]:
+        self, spec: RunSpec, inputs: RunInputs, mode: VramMode = VramMode.AUTO, start: RunState | None = None
+    ) -> Generator[StepDone | ModeLowered | Latents, None, None]:
         """Run a checked spec: a StepDone after each step, the latents (on the CPU, float32) last.
 
         A run whose memory runs out is begun again once, in the next mode that takes less and is estimated to fit.
@@ -231,6 +266,7 @@ class FusionEngine:
             spec: of the run.
             inputs: of the run.
             mode: in which it is made; AUTO: what the spec says.
+            start: where a run of the same `identity` was; None: at the noise.
 
         Raises:
             CheckpointError: the variant's values cannot be read.
@@ -239,7 +275,7 @@ class FusionEngine:
         if mode is VramMode.AUTO:
             mode = self.mode if spec.vram_mode is VramMode.AUTO else spec.vram_mode
         try:
-            yield from self._denoise(spec, inputs, mode)
+            yield from self._denoise(spec, inputs, mode, start)
             return
         except torch.OutOfMemoryError as error:
             self._bound = None  # what recorded passes hold may be what the next job lacks
@@ -251,26 +287,30 @@ class FusionEngine:
         self.forget()
         log.warning("memory ran out; the run begins again", mode=mode.value, lower=lower.value, reason=reason)
         yield ModeLowered(lower, reason)
-        yield from self._denoise(spec, inputs, lower)
+        yield from self._denoise(spec, inputs, lower, None)
 
-    def _denoise(self, spec: RunSpec, inputs: RunInputs, mode: VramMode) -> Iterator[StepDone | Latents]:
+    def _denoise(
+        self, spec: RunSpec, inputs: RunInputs, mode: VramMode, start: RunState | None
+    ) -> Iterator[StepDone | Latents]:
         served = self.served[spec.model]
         network = self.load(spec.model, mode)
-        start = time.perf_counter()
+        begun_s = time.perf_counter()
         reset_peak(self._device)
         video_shape = served.video_shape(spec.height, spec.width)
         noise = draw_noise(video_shape.as_tuple(), served.audio_shape.as_tuple(), spec.options.seed)
         try:
             predict, conditions = self._prepare(network, noise, spec, inputs, mode)
             noise = Latents(noise.video_CFHW.to(self._device), noise.audio_SC.to(self._device))
-            for event in denoise(predict, noise, conditions, spec.options, bind_agreement(self._groups)):
+            agree = bind_agreement(self._groups)
+            # Unnamed, so that the run can let go of it.
+            for event in denoise(predict, noise, conditions, spec.options, agree, start and start.to(self._device)):
                 if isinstance(event, StepDone):
                     seconds = round(event.seconds, 4)
                     log.debug("step", index=event.index, total=event.total, seconds=seconds, reused=event.reused)
                     yield event
                 else:
                     latents = Latents(event.video_CFHW.cpu(), event.audio_SC.cpu())
-                    seconds = round(time.perf_counter() - start, 3)
+                    seconds = round(time.perf_counter() - begun_s, 3)
                     peak = peak_gib(self._device)
                     log.info("denoised", model=spec.model, mode=mode.value, seconds=seconds, peak_device_gib=peak)
                     yield latents

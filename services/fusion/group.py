@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from services.fusion.ops import Execution
 from services.fusion.parallel.groups import Groups, make_groups
 from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.request import RunInputs, RunSpec
-from services.fusion.sampling.denoise import Latents, StepDone
+from services.fusion.sampling.denoise import Latents, RunState, StepDone
+from services.fusion.sampling.run_file import state_of, tensors_of
 from shared.errors import CheckpointError, FailedPrecondition
 from shared.group.control import Command, ControlChannel
 from shared.group.ranks import Fellowship
@@ -29,6 +31,8 @@ from shared.sampling_options import SamplingOptions, Solver
 log = get_logger(__name__)
 
 _PLAN, _LOAD, _RUN = "plan", "load", "run"
+_START = "start."
+"""Before the names of the tensors of the state from which a run goes on."""
 
 
 def share_plan(plan: ParallelPlan, channel: ControlChannel) -> Groups:
@@ -97,12 +101,11 @@ class LeadingEngine(FusionEngine):
         )
 
     def denoise(
-        self, spec: RunSpec, inputs: RunInputs, mode: VramMode = VramMode.AUTO
-    ) -> Iterator[StepDone | ModeLowered | Latents]:
+        self, spec: RunSpec, inputs: RunInputs, mode: VramMode = VramMode.AUTO, start: RunState | None = None
+    ) -> Generator[StepDone | ModeLowered | Latents, None, None]:
         """See FusionEngine.denoise; on all ranks. Whether a next step is taken is decided here, once a step."""
         self.load(spec.model)
-        command = Command(_RUN, _spec_to_json(spec), _tensors_of(inputs))
-        return lead(self._channel, command, super().denoise(spec, inputs, mode))
+        return lead(self._channel, _run_command(spec, inputs, start), super().denoise(spec, inputs, mode, start))
 
     def stop_followers(self) -> None:
         """Let the other ranks end, and leave the group."""
@@ -126,14 +129,29 @@ def follow(engine: FusionEngine, fellowship: Fellowship) -> None:
             log.error("model cannot be loaded", model=model, reason=error.message)
 
     def run(command: Command) -> None:
-        inputs = RunInputs(**command.tensors)  # type: ignore[arg-type]
-        follow_steps(channel, engine.denoise(_spec_from_json(command.fields), inputs))
+        spec, inputs, start = _run_of(command)
+        follow_steps(channel, engine.denoise(spec, inputs, start=start))
 
     follow_commands(fellowship, {_LOAD: load, _RUN: run})
 
 
-def _tensors_of(inputs: RunInputs) -> dict[str, torch.Tensor | None]:
-    return {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+def _run_command(spec: RunSpec, inputs: RunInputs, start: RunState | None) -> Command:
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    content: dict[str, Any] = {"spec": _spec_to_json(spec), "start": None}
+    if start is not None:
+        content["start"] = [start.steps_done, start.steps_reused]
+        tensors |= {_START + name: tensor for name, tensor in tensors_of(start).items()}
+    return Command(_RUN, content, tensors)
+
+
+def _run_of(command: Command) -> tuple[RunSpec, RunInputs, RunState | None]:
+    kept = {name.removeprefix(_START): t for name, t in command.tensors.items() if name.startswith(_START)}
+    inputs = {name: t for name, t in command.tensors.items() if not name.startswith(_START)}
+    start = None
+    if command.fields["start"] is not None:
+        steps_done, steps_reused = command.fields["start"]
+        start = state_of(steps_done, steps_reused, kept)  # type: ignore[arg-type]
+    return _spec_from_json(command.fields["spec"]), RunInputs(**inputs), start  # type: ignore[arg-type]
 
 
 def _spec_to_json(spec: RunSpec) -> dict[str, object]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Literal
 
 import grpc
@@ -14,18 +16,22 @@ from ovi.common.v1 import system_pb2, tensor_pb2
 from ovi.fusion.v1 import fusion_pb2 as pb
 from ovi.fusion.v1 import fusion_pb2_grpc as pb_grpc
 from services.fusion.config import FusionOptions
-from services.fusion.engine import FusionEngine, ModeLowered
+from services.fusion.engine import FusionEngine
 from services.fusion.planner import explain, largest_clip
 from services.fusion.request import RunInputs, RunSpec, ServedVariant, TensorShape, check_finite, check_run
-from services.fusion.sampling.denoise import Latents, StepDone
+from services.fusion.run_stream import Event, RunStream
+from services.fusion.sampling.control import RunControl
+from services.fusion.sampling.denoise import RunState
+from services.fusion.sampling.run_file import Identity, RunShape, UnusableState, unpack
 from shared.device_worker import DeviceWorker
-from shared.errors import InvalidRequest, OutOfMemory
+from shared.errors import FieldViolation, InvalidRequest, OutOfMemory
 from shared.generation_proto import prompt_format_to_proto, sampling_options_from_proto, size_to_proto
+from shared.logging import get_logger
 from shared.memory.modes import RECIPES, VramMode
 from shared.memory.turns import DeviceTurns, device_key
 from shared.service_main import device_name
 from shared.shapes import FPS, common_sizes
-from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto, vram_mode_to_proto
+from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto
 from shared.system_service import PlanWish
 from shared.tensors.framing import spec_from_proto
 from shared.tensors.service import TensorServer
@@ -40,6 +46,11 @@ _REFERENCES: tuple[Literal["prompt", "video_negative", "audio_negative", "first_
 _FETCH_TIMEOUT_S = 60.0
 _MAX_INPUT_BYTES = 64 << 20
 """Far above the largest legal input: 512 rows of 4096 float32 are 8 MiB."""
+_MAX_CHECKPOINT_BYTES = 256 << 20
+"""Far above the largest: four tensors of 48 x 61 x 60 x 60 float32 are 169 MB."""
+_RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+log = get_logger(__name__)
 
 
 class FusionServicer(pb_grpc.FusionServiceServicer):
@@ -59,6 +70,8 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         self._tensors = tensors
         self._options = options
         self._turns = DeviceTurns(device_key(options.stage.device))
+        self._runs: dict[str, RunControl] = {}
+        """Those that have a name, by it."""
 
     def turn(self, *modes: VramMode) -> contextlib.AbstractAsyncContextManager[None]:
         """Around work on the device in these modes: one stage at a time, if one of them or the present one says so."""
@@ -71,30 +84,35 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         spec, references = self._checked(request)
         # What does not fit is refused before anything is fetched; from here on the mode has a name.
         mode = self._engine.plan(spec.model, spec.vram_mode).mode
-        names = list(references)
         remaining_s = context.time_remaining()
         timeout_s = _FETCH_TIMEOUT_S if remaining_s is None else min(_FETCH_TIMEOUT_S, remaining_s)
-        tensors = await asyncio.gather(*(self._fetch(name, references[name], timeout_s) for name in names))
-        fetched = dict(zip(names, tensors, strict=True))
-        inputs = RunInputs(
-            prompt_LC=fetched["prompt"],
-            video_negative_LC=fetched.get("video_negative"),
-            audio_negative_LC=fetched.get("audio_negative"),
-            first_frame_C1HW=fetched.get("first_frame_latent"),
-        )
-        if violations := check_finite(inputs):
-            raise InvalidRequest(violations)
+        inputs = await self._inputs(references, timeout_s)
+        identify = functools.cache(functools.partial(self._engine.identity, spec, inputs))
+        start, refused = None, ""
+        if request.HasField("checkpoint"):
+            file = await self._fetch("checkpoint", request.checkpoint, timeout_s, max_bytes=_MAX_CHECKPOINT_BYTES)
+            start, refused = await asyncio.to_thread(self._opened, file, spec, lambda: identify(mode))
+        begun = pb.Begun(checkpoint_refused=refused)
+        if start is not None:
+            begun.steps_done, begun.steps_reused = start.steps_done, start.steps_reused
+        control = RunControl(request.checkpoint_steps)
+
+        def run() -> Iterator[Event]:
+            return control.steer(self._engine.denoise(spec, inputs, mode, start), begun.steps_done)
+
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(self._named(request.run_id, control))
             await stack.enter_async_context(self.turn(mode))
-            stream = self._worker.stream(lambda: self._engine.denoise(spec, inputs, mode))
-            async for event in await stack.enter_async_context(contextlib.aclosing(stream)):
-                if isinstance(event, StepDone):
-                    yield pb.DenoiseResponse(step=_step(event))
-                elif isinstance(event, ModeLowered):
-                    mode = event.mode
-                    yield pb.DenoiseResponse(mode_lowered=_lowered(event))
-                else:
-                    yield self._result(event, mode)
+            events = await stack.enter_async_context(contextlib.aclosing(self._worker.stream(run)))
+            messages = RunStream(self._tensors, mode, identify, begun).messages(events)
+            async for message in await stack.enter_async_context(contextlib.aclosing(messages)):
+                yield message
+
+    async def PauseRun(self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext) -> pb.PauseRunResponse:
+        if not _RUN_ID.fullmatch(request.run_id):
+            raise InvalidRequest([_bad_run_id(request.run_id)])
+        control = self._runs.get(request.run_id)
+        return pb.PauseRunResponse(running=control is not None and control.pause())
 
     async def DescribeModel(
         self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext
@@ -150,21 +168,57 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         for name, reference in references.items():
             tensor = spec_from_proto(reference.spec, field=f"{name}.spec", max_bytes=_MAX_INPUT_BYTES)
             shapes[name] = TensorShape(tensor.dtype, tensor.shape)
-        if violations := check_run(spec, shapes, served):
+        violations = check_run(spec, shapes, served)
+        if request.run_id and not _RUN_ID.fullmatch(request.run_id):
+            violations.append(_bad_run_id(request.run_id))
+        if violations:
             raise InvalidRequest(violations)
         return spec, references
 
-    async def _fetch(self, name: str, reference: tensor_pb2.TensorRef, timeout_s: float) -> torch.Tensor:
+    async def _inputs(self, references: dict[str, tensor_pb2.TensorRef], timeout_s: float) -> RunInputs:
+        tensors = await asyncio.gather(*(self._fetch(name, ref, timeout_s) for name, ref in references.items()))
+        fetched = dict(zip(references, tensors, strict=True))
+        inputs = RunInputs(
+            prompt_LC=fetched["prompt"],
+            video_negative_LC=fetched.get("video_negative"),
+            audio_negative_LC=fetched.get("audio_negative"),
+            first_frame_C1HW=fetched.get("first_frame_latent"),
+        )
+        if violations := check_finite(inputs):
+            raise InvalidRequest(violations)
+        return inputs
+
+    async def _fetch(
+        self, name: str, reference: tensor_pb2.TensorRef, timeout_s: float, *, max_bytes: int = _MAX_INPUT_BYTES
+    ) -> torch.Tensor:
         return await asyncio.to_thread(
-            self._resolver.fetch, reference, field=name, max_bytes=_MAX_INPUT_BYTES, timeout_s=timeout_s
+            self._resolver.fetch, reference, field=name, max_bytes=max_bytes, timeout_s=timeout_s
         )
 
-    def _result(self, latents: Latents, mode: VramMode) -> pb.DenoiseResponse:
-        video, audio = (
-            self._tensors.publish(self._tensors.store.put(tensor)) for tensor in (latents.video_CFHW, latents.audio_SC)
-        )
-        result = pb.Result(video_latent=video, audio_latent=audio, vram_mode=vram_mode_to_proto(mode))
-        return pb.DenoiseResponse(result=result)
+    def _opened(
+        self, file: torch.Tensor, spec: RunSpec, identify: Callable[[], Identity]
+    ) -> tuple[RunState | None, str]:
+        """The state in a checkpoint; or None, and why it is not used."""
+        served = self._engine.served[spec.model]
+        video = served.video_shape(spec.height, spec.width).as_tuple()
+        try:
+            return unpack(file, identify(), RunShape(video, served.audio_shape.as_tuple(), spec.options)), ""
+        except UnusableState as error:
+            log.warning("a checkpoint is not used; the run begins at its first step", reason=str(error))
+            return None, str(error)
+
+    @contextlib.contextmanager
+    def _named(self, run_id: str, control: RunControl) -> Iterator[None]:
+        """While a run can be paused by its name; a second run of one name takes it over."""
+        if not run_id:
+            yield
+            return
+        self._runs[run_id] = control
+        try:
+            yield
+        finally:
+            if self._runs.get(run_id) is control:
+                del self._runs[run_id]
 
     def _variant(self, served: ServedVariant) -> pb.Variant:
         variant, file = served.variant, served.file
@@ -184,9 +238,5 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         )
 
 
-def _lowered(event: ModeLowered) -> pb.ModeLowered:
-    return pb.ModeLowered(vram_mode=vram_mode_to_proto(event.mode), reason=event.reason)
-
-
-def _step(event: StepDone) -> pb.Step:
-    return pb.Step(index=event.index, total=event.total, sigma=event.sigma, seconds=event.seconds, reused=event.reused)
+def _bad_run_id(run_id: str) -> FieldViolation:
+    return FieldViolation("run_id", f"got {run_id[:80]!r}, allowed are 1 to 64 characters of [A-Za-z0-9._-]")

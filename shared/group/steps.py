@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TypeVar
 
 from shared.errors import CheckpointError
@@ -18,7 +18,7 @@ T = TypeVar("T")
 _STOP = "stop"
 
 
-def lead(channel: ControlChannel, command: Command, steps: Iterator[T]) -> Iterator[T]:
+def lead(channel: ControlChannel, command: Command, steps: Iterator[T]) -> Generator[T, None, None]:
     """On rank 0: tell the others what is done, and yield this rank's steps of it.
 
     Whether a next step is taken is decided here, once a step: it is not if the consumer closes the iterator. A failure

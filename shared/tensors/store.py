@@ -75,6 +75,12 @@ class TensorStore:
             )
         return lease
 
+    def holds(self, tensor_id: str) -> bool:
+        """Whether this lease is still held."""
+        with self._lock:
+            self._drop_expired()
+            return tensor_id in self._leases
+
     def release(self, tensor_id: str) -> bool:
         """End a lease; True if it was still held."""
         with self._lock:

@@ -97,7 +97,8 @@ def request_(producer) -> pb.DenoiseRequest:
 
 
 def run(stub, request) -> tuple[list[pb.Step], pb.Result]:
-    *steps, last = stub.Denoise(request, timeout=TIMEOUT_S)
+    begun, *steps, last = stub.Denoise(request, timeout=TIMEOUT_S)
+    assert begun.begun == pb.Begun() and begun.WhichOneof("event") == "begun"
     assert last.WhichOneof("event") == "result"
     return [event.step for event in steps], last.result
 
@@ -279,7 +280,7 @@ def test_lost_reference_and_damaged_variant_have_their_own_codes(stub, request_,
 def test_cancel_stops_before_the_next_step(service, stub, request_) -> None:
     request_.options.num_inference_steps = 1000
     call = stub.Denoise(request_, timeout=TIMEOUT_S)
-    assert next(call).step.index == 1
+    assert [next(call).WhichOneof("event") for _ in range(2)] == ["begun", "step"]
     call.cancel()
     request_.options.num_inference_steps = 1
     steps, _ = run(stub, request_)  # comes through long before 1000 steps could have ended
@@ -298,7 +299,7 @@ def test_deadline_stops_the_work(stub, request_) -> None:
 def test_a_full_queue_refuses_at_once(stub, request_) -> None:
     request_.options.num_inference_steps = 1000
     running = stub.Denoise(request_, timeout=TIMEOUT_S)
-    next(running)
+    next(running), next(running)  # begun, and its first step
     waiting = [stub.Denoise(request_, timeout=TIMEOUT_S) for _ in range(2)]
     refused = next(call for call in as_ended(waiting))
     assert refused.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -339,7 +340,7 @@ def test_sigterm_drains_a_run_under_way(checkpoints, request_, resolver) -> None
     with running_service("fusion", "--checkpoints", str(checkpoints)) as service, service.channel() as channel:
         request_.options.num_inference_steps = 20
         call = pb_grpc.FusionServiceStub(channel).Denoise(request_, timeout=TIMEOUT_S)
-        next(call)
+        next(call), next(call)  # begun, and its first step
         service.process.send_signal(signal.SIGTERM)
         *steps, last = call
         assert len(steps) == 19

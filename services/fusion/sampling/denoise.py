@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,6 +17,37 @@ from shared.sampling_options import SamplingOptions
 
 
 @dataclass(frozen=True)
+class Latents:
+    """The latents (C, F, H, W) and (S, C), float32."""
+
+    video_CFHW: torch.Tensor
+    audio_SC: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the rest of a run depends on besides what it was started with."""
+
+    steps_done: int
+    steps_reused: int
+    """Of them, by the step cache."""
+    latents: Latents
+    video_history: Mapping[str, torch.Tensor]
+    """Of the solver, see FlowSolver."""
+    audio_history: Mapping[str, torch.Tensor]
+
+    def to(self, device: torch.device) -> RunState:
+        """The same on a device."""
+
+        def moved(history: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: tensor.to(device) for name, tensor in history.items()}
+
+        latents = Latents(self.latents.video_CFHW.to(device), self.latents.audio_SC.to(device))
+        histories = moved(self.video_history), moved(self.audio_history)
+        return RunState(self.steps_done, self.steps_reused, latents, *histories)
+
+
+@dataclass(frozen=True)
 class StepDone:
     """A finished solver step: 1-based index, number of steps, noise level before it, seconds it took."""
 
@@ -26,14 +57,9 @@ class StepDone:
     seconds: float
     reused: bool = False
     """Most blocks' work was that of an earlier step, see StepCache."""
-
-
-@dataclass(frozen=True)
-class Latents:
-    """The latents (C, F, H, W) and (S, C), float32."""
-
-    video_CFHW: torch.Tensor
-    audio_SC: torch.Tensor
+    state: RunState | None = field(default=None, repr=False, compare=False)
+    """From here the run can be continued exactly: after this step, or with a step cache before it. None after the last
+    step and after a reused one. Its tensors are the run's own, on the device."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,12 @@ def with_first_frame(latents: Latents, first_frame_CHW: torch.Tensor | None) -> 
 
 @torch.inference_mode()
 def denoise(
-    predict: Predictor, noise: Latents, conditions: Conditions, options: SamplingOptions, agree: Agree = alone
+    predict: Predictor,
+    noise: Latents,
+    conditions: Conditions,
+    options: SamplingOptions,
+    agree: Agree = alone,
+    start: RunState | None = None,
 ) -> Iterator[StepDone | Latents]:
     """Yield a StepDone after every step and the final Latents last; stops cleanly at any yield.
 
@@ -116,18 +147,31 @@ def denoise(
         conditions: texts and first picture.
         options: solver, steps, guidance, step cache; the seed is spent already.
         agree: of the ranks that share the run.
+        start: where an equal run was, on the device; its steps are not made again. None: at the noise.
     """
+    start = start or RunState(0, 0, noise, {}, {})
+    first, latents, steps_reused = start.steps_done, start.latents, start.steps_reused
     solver_args = (options.solver, options.num_inference_steps, options.flow_shift)
     video_solver, audio_solver = FlowSolver(*solver_args), FlowSolver(*solver_args)
+    video_solver.restore(start.steps_done, start.video_history)
+    audio_solver.restore(start.steps_done, start.audio_history)
+    del start
     timesteps = torch.tensor(video_solver.timesteps, device=noise.video_CFHW.device)
     cache = StepCache(options.step_cache_threshold, agree) if options.step_cache_threshold else None
     run_blocks = cache.run if cache is not None else run_all
-    latents = noise
-    for index in range(options.num_inference_steps):
-        start = time.perf_counter()
+    last = options.num_inference_steps - 1
+
+    def state(steps_done: int) -> RunState:
+        return RunState(steps_done, steps_reused, latents, video_solver.history(), audio_solver.history())
+
+    for index in range(first, options.num_inference_steps):
+        begun_s = time.perf_counter()
         latents = with_first_frame(latents, conditions.first_frame_CHW)
+        before = None
         if cache is not None:
-            cache.begin_step(must_compute=index in (0, options.num_inference_steps - 1))
+            # What the cache holds is not part of a state: a run goes on with a step that was computed without it.
+            before = state(index)
+            cache.begin_step(must_compute=index in (first, last))
         given = (latents, timesteps[index], conditions)
         velocity, negative = predict(*given, skip_layer=options.slg_layer, run_blocks=run_blocks)
         if negative is not None:
@@ -138,9 +182,11 @@ def denoise(
         )
         if latents.video_CFHW.is_cuda:
             torch.cuda.synchronize(latents.video_CFHW.device)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begun_s
         reused = cache is not None and cache.reused
-        yield StepDone(index + 1, options.num_inference_steps, video_solver.sigmas[index], seconds, reused)
+        steps_reused += reused
+        resumable = None if index == last or reused else before or state(index + 1)
+        yield StepDone(index + 1, last + 1, video_solver.sigmas[index], seconds, reused, resumable)
     yield with_first_frame(latents, conditions.first_frame_CHW)
 
 

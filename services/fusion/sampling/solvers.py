@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class FlowSolver:
             num_inference_steps: steps, at least 1.
             flow_shift: shift of the noise levels, sigma' = shift * sigma / (1 + (shift - 1) * sigma).
         """
+        self._solver = solver
         self._scheduler = _SCHEDULERS[solver](num_inference_steps, flow_shift)
         self._scheduler.set_begin_index(0)
         self.sigmas: list[float] = self._scheduler.sigmas.tolist()
@@ -44,6 +46,63 @@ class FlowSolver:
         self._index += 1
         (sample,) = self._scheduler.step(velocity[None], timestep, sample[None], return_dict=False)
         return sample[0]
+
+    def history(self) -> dict[str, torch.Tensor]:
+        """What the next step reads of earlier ones besides the sample: tensors of its shape, float32, by name."""
+        scheduler, reads = self._scheduler, _READS[self._solver]
+        outputs = range(1, min(reads.num_outputs, self._index) + 1)
+        tensors = {_output(age): scheduler.model_outputs[-age][0] for age in outputs}
+        if reads.last_sample and self._index:
+            tensors[_LAST_SAMPLE] = scheduler.last_sample[0]
+        return tensors
+
+    def restore(self, steps_done: int, history: Mapping[str, torch.Tensor]) -> None:
+        """Go on where an equal solver was; only for one that has made no step.
+
+        Args:
+            steps_done: by that one, fewer than all.
+            history: its own after them, on the sample's device; has the names of `history_names`.
+        """
+        assert self._index == 0 and 0 <= steps_done < len(self.timesteps)
+        scheduler = self._scheduler
+        self._index = steps_done
+        scheduler.set_begin_index(steps_done)
+        for age in range(1, _ORDER + 1):
+            if _output(age) in history:
+                scheduler.model_outputs[-age] = history[_output(age)][None]
+        if _LAST_SAMPLE in history:
+            scheduler.last_sample = history[_LAST_SAMPLE][None]
+        if self._solver is not Solver.EULER:
+            # The order grows with the first steps, and falls in the last one, which has not been made.
+            scheduler.lower_order_nums = scheduler.this_order = min(_ORDER, steps_done)
+
+
+def history_names(solver: Solver, steps_done: int) -> frozenset[str]:
+    """Names of the tensors that `FlowSolver.history` has after so many steps."""
+    reads = _READS[solver]
+    names = {_output(age) for age in range(1, min(reads.num_outputs, steps_done) + 1)}
+    return frozenset(names | {_LAST_SAMPLE} if reads.last_sample and steps_done else names)
+
+
+_ORDER = 2
+"""Of both multistep solvers."""
+_LAST_SAMPLE = "last_sample"
+
+
+def _output(age: int) -> str:
+    """The model's output, 1: of the last step."""
+    return f"model_output_{age}"
+
+
+class _Reads(NamedTuple):
+    """What a step reads of earlier ones."""
+
+    num_outputs: int
+    last_sample: bool
+    """UniPC corrects the sample it predicted from."""
+
+
+_READS = {Solver.UNIPC: _Reads(2, True), Solver.DPMPP: _Reads(1, False), Solver.EULER: _Reads(0, False)}
 
 
 def _with_sigmas(scheduler: Any, base: np.ndarray, flow_shift: float) -> Any:
