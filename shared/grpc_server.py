@@ -29,6 +29,13 @@ from shared.tls import PLAIN, Tls, add_secure_port
 
 log = get_logger(__name__)
 
+_SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", 4 << 20),
+    # Of all headers of a call together: refused beyond this, where gRPC's own soft limit refuses at random.
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+]
+
 
 def status_of(error: Exception) -> grpc.Status:
     """The gRPC status of any exception, by the table in `shared.errors`; unknown ones are logged under a new id."""
@@ -134,6 +141,46 @@ def _request_context(method: str, metadata: Sequence[tuple[str, str | bytes]]) -
         yield
 
 
+Guard = Callable[[grpc.aio.ServicerContext], contextlib.AbstractAsyncContextManager[None]]
+
+
+def around(
+    handler: grpc.RpcMethodHandler,
+    guard: Guard,
+    *,
+    check: Callable[[Any], Any] = lambda request: request,
+    read: Callable[[bytes], Any] | None = None,
+) -> grpc.RpcMethodHandler:
+    """A handler of the same kind that does its work inside of `guard`.
+
+    Args:
+        handler: of any of the four kinds.
+        guard: entered before the work and left after it.
+        check: what the work is given of a request, or of the stream of them; called inside.
+        read: bytes to a request; None: as the handler does.
+    """
+    read = read or handler.request_deserializer
+    streamed = handler.request_streaming
+    if handler.response_streaming:
+        stream = handler.stream_stream or handler.unary_stream
+
+        async def call_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with guard(context), contextlib.aclosing(stream(check(request), context)) as responses:
+                async for response in responses:
+                    yield response
+
+        wrap = grpc.stream_stream_rpc_method_handler if streamed else grpc.unary_stream_rpc_method_handler
+        return wrap(call_stream, read, handler.response_serializer)
+    unary = handler.stream_unary or handler.unary_unary
+
+    async def call_unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async with guard(context):
+            return await unary(check(request), context)
+
+    wrap = grpc.stream_unary_rpc_method_handler if streamed else grpc.unary_unary_rpc_method_handler
+    return wrap(call_unary, read, handler.response_serializer)
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Around every RPC: readiness, request id in the log, and the error table. Health and reflection pass through."""
 
@@ -151,33 +198,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         check = _each_well_formed if handler.request_streaming else _well_formed
         read = _lenient(handler.request_deserializer)
-        if handler.response_streaming:
-            stream = handler.stream_stream or handler.unary_stream
-
-            async def call_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-                async with (
-                    self._guard(method, context),
-                    contextlib.aclosing(stream(check(request), context)) as responses,
-                ):
-                    async for response in responses:
-                        yield response
-
-            wrap = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return wrap(call_stream, read, handler.response_serializer)
-        unary = handler.stream_unary or handler.unary_unary
-
-        async def call_unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._guard(method, context):
-                return await unary(check(request), context)
-
-        wrap = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return wrap(call_unary, read, handler.response_serializer)
+        return around(handler, lambda context: self._guard(method, context), check=check, read=read)
 
     @contextlib.asynccontextmanager
     async def _guard(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -271,10 +292,12 @@ async def serve(
     load: Callable[[], Awaitable[None]],
     close: Callable[[], Awaitable[None]],
     drain: Callable[[], Awaitable[None]] | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> None:
     """Serve until SIGTERM or SIGINT: NOT_SERVING while `load` runs, SERVING, NOT_SERVING while draining, then `close`.
 
     `drain` is called when draining begins; there a service ends calls that would otherwise outlast the grace period.
+    `interceptors` stand inside of the error table.
 
     Raises:
         RuntimeError: the port is taken.
@@ -283,7 +306,7 @@ async def serve(
     names = [service.full_name for service in services]
     readiness = Readiness(names)
     await readiness.enter(Phase.LOADING)
-    server = grpc.aio.server(interceptors=[CallInterceptor(readiness)])
+    server = grpc.aio.server(interceptors=[CallInterceptor(readiness), *interceptors], options=_SERVER_OPTIONS)
     for service in services:
         service.add(server)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.health, server)
