@@ -12,6 +12,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from cli.connection import Connection, chosen_connection
 from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from shared.errors import CorruptTensor, OviError, Unavailable
@@ -30,14 +31,19 @@ _RETRY_S = 0.5
 class GatewayClient:
     """One gateway's JobService. Use inside `async with`."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, connection: Connection | None = None) -> None:
         """
         Args:
             server: host:port.
+            connection: how to reach it; None: as the flags say.
+
+        Raises:
+            UsageProblem: the API key would travel readable.
         """
         self._server = server
-        options = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
-        self._channel = grpc.aio.insecure_channel(server, options=options)
+        connection = connection or chosen_connection()
+        self._metadata = connection.metadata
+        self._channel = connection.open(server)
         self._jobs = pb_grpc.JobServiceStub(self._channel)
 
     async def __aenter__(self) -> GatewayClient:
@@ -53,7 +59,9 @@ class GatewayClient:
             InvalidRequest: wrong fields.
             OviError: any other refusal.
         """
-        answer: pb.CreateJobResponse = await self._call(self._jobs.CreateJob(request, timeout=_CALL_TIMEOUT_S))
+        answer: pb.CreateJobResponse = await self._call(
+            self._jobs.CreateJob(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
         return answer.job
 
     async def get(self, job_id: str) -> pb.Job:
@@ -63,7 +71,7 @@ class GatewayClient:
             NotFound: there is none of this id.
         """
         answer: pb.GetJobResponse = await self._call(
-            self._jobs.GetJob(pb.GetJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S)
+            self._jobs.GetJob(pb.GetJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
         )
         return answer.job
 
@@ -73,7 +81,9 @@ class GatewayClient:
         token = ""
         while len(jobs) < limit:
             request = pb.ListJobsRequest(page_size=min(limit - len(jobs), 1000), page_token=token, states=states)
-            page: pb.ListJobsResponse = await self._call(self._jobs.ListJobs(request, timeout=_CALL_TIMEOUT_S))
+            page: pb.ListJobsResponse = await self._call(
+                self._jobs.ListJobs(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+            )
             jobs.extend(page.jobs)
             token = page.next_page_token
             if not token:
@@ -90,7 +100,7 @@ class GatewayClient:
         last_s: float | None = None
         while True:
             try:
-                async for answer in self._jobs.WatchJob(pb.WatchJobRequest(id=job_id)):
+                async for answer in self._jobs.WatchJob(pb.WatchJobRequest(id=job_id), metadata=self._metadata):
                     last_s = time.monotonic()
                     yield answer.job
                     if answer.job.state in ENDED:
@@ -108,7 +118,7 @@ class GatewayClient:
             NotFound: there is none of this id.
         """
         answer: pb.CancelJobResponse = await self._call(
-            self._jobs.CancelJob(pb.CancelJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S)
+            self._jobs.CancelJob(pb.CancelJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
         )
         return answer.job
 
@@ -119,7 +129,9 @@ class GatewayClient:
             NotFound: there is none of this id.
             FailedPrecondition: it has not ended.
         """
-        await self._call(self._jobs.DeleteJob(pb.DeleteJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S))
+        await self._call(
+            self._jobs.DeleteJob(pb.DeleteJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
 
     async def upload_image(self, picture: bytes) -> str:
         """Send a first picture; its id.
@@ -132,7 +144,9 @@ class GatewayClient:
             for start in range(0, len(picture), UPLOAD_CHUNK_BYTES):
                 yield pb.UploadImageRequest(chunk=picture[start : start + UPLOAD_CHUNK_BYTES])
 
-        answer: pb.UploadImageResponse = await self._call(self._jobs.UploadImage(parts(), timeout=_CALL_TIMEOUT_S))
+        answer: pb.UploadImageResponse = await self._call(
+            self._jobs.UploadImage(parts(), timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
         return answer.image_id
 
     async def download(self, job: pb.Job, out: Path) -> None:
@@ -146,7 +160,7 @@ class GatewayClient:
         temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
             with temporary.open("wb") as file:
-                async for part in self._jobs.DownloadVideo(pb.DownloadVideoRequest(id=job.id)):
+                async for part in self._jobs.DownloadVideo(pb.DownloadVideoRequest(id=job.id), metadata=self._metadata):
                     file.write(part.chunk)
                 received = file.tell()
             if received != job.video.num_bytes:

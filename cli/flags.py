@@ -55,4 +55,14 @@ Server = Annotated[str, typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a g
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")]
 GrpcPort = Annotated[int, typer.Option(help="Of the gateway; the stages take the next three. 0: any free ones.")]
 HttpPort = Annotated[int, typer.Option(help="Of the gateway's HTTP side. 0: any free one.")]
-Host = Annotated[str, typer.Option(help="Interface the gateway listens on; 0.0.0.0 lets everybody in, unasked.")]
+Host = Annotated[
+    str,
+    typer.Option(help="Interface the gateway listens on; beyond the loopback with TLS and API keys (see `ovi keys`)."),
+]
+StackTlsCert = Annotated[
+    Path | None, typer.Option("--tls-cert", help="PEM certificate of the gateway: it then listens with TLS.")
+]
+StackTlsKey = Annotated[Path | None, typer.Option("--tls-key", help="Its private key.")]
+StackInsecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond the loopback without TLS.")]
+KeysRequired = Annotated[bool, typer.Option("--require-keys", help="Ask for API keys on the loopback, too.")]
+AdminKeyFile = Annotated[Path | None, typer.Option(help="File with a key that administers, of 32 characters or more.")]

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from cli import flags
 from cli.client import GatewayClient
+from cli.connection import Connection, chosen_connection
 from cli.errors import EXIT_INTERRUPTED, CommandFailed, UsageProblem, errors_in_words
 from cli.interrupt import Interrupted, run_interruptible
 from cli.progress import job_view
@@ -187,15 +188,16 @@ class StackRequest:
 
 
 @contextlib.asynccontextmanager
-async def gateway_address(server: str | None, request: StackRequest, console: Console) -> AsyncIterator[str]:
-    """The server named; else the stack that runs on the data folder; else one of our own, stopped at the end.
+async def gateway_client(server: str | None, request: StackRequest, console: Console) -> AsyncIterator[GatewayClient]:
+    """Of the server named; else of the stack that runs on the data folder; else of one of our own, stopped at the end.
 
     Raises:
         UsageProblem: a running stack where flags ask for a particular one.
         ServiceFailed: a service of our own stack cannot run.
     """
     if server is not None:
-        yield server
+        async with GatewayClient(server) as client:
+            yield client
         return
     running = live_stack(request.data_dir)
     if running is not None:
@@ -207,7 +209,10 @@ async def gateway_address(server: str | None, request: StackRequest, console: Co
             )
         note = f"Using the stack that runs on {request.data_dir} ({address})."
         console.print(note, style="dim", soft_wrap=True, markup=False)
-        yield address
+        cert = running.get("tls_cert")
+        own = Connection.of_own_stack(Path(cert) if cert else None, chosen_connection().api_key)
+        async with GatewayClient(address, own) as client:
+            yield client
         return
     here = gpus_for(request.devices.device)
     check_flags(request.devices, here)
@@ -219,11 +224,12 @@ async def gateway_address(server: str | None, request: StackRequest, console: Co
     with StackDisplay(console, brief=True) as display:
         async with running_stack(options, display.notify) as stack:
             display.settle()
-            yield stack.plan.grpc_address
+            async with GatewayClient(stack.plan.grpc_address, Connection()) as client:
+                yield client
 
 
 async def _generate(wanted: _Wanted, server: str | None, request: StackRequest, console: Console) -> None:
-    async with gateway_address(server, request, console) as address, GatewayClient(address) as client:
+    async with gateway_client(server, request, console) as client:
         if wanted.picture is not None:
             wanted.parameters.image_id = await client.upload_image(wanted.picture)
         # An id of our own, so that gRPC's transparent retries make no second job.

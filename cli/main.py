@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from cli.checkpoints.commands import models_app
+from cli.connection import (
+    ApiKey,
+    ConnectionFlagsAnywhere,
+    Insecure,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    WithTls,
+    choose_connection,
+)
 from cli.doctor import doctor
+from cli.errors import errors_in_words
 from cli.generate import generate
 from cli.jobs import jobs_app
 from cli.profiles import profiles
@@ -16,6 +27,7 @@ from cli.up import up
 
 app = typer.Typer(
     name="ovi",
+    cls=ConnectionFlagsAnywhere,
     help="Make short videos with sound, served by one gRPC service per model stage.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -38,11 +50,22 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    api_key: ApiKey = None,
+    with_tls: WithTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    insecure: Insecure = False,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make short videos with sound, served by one gRPC service per model stage."""
+    """Make short videos with sound, served by one gRPC service per model stage.
+
+    The flags of the connection may also follow a command's name.
+    """
+    with errors_in_words():
+        choose_connection(api_key, with_tls, tls_ca, tls_cert, tls_key, insecure)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,21 @@ import grpc.aio
 from rich.console import Console
 
 from cli import flags
-from cli.errors import EXIT_FAILED, CommandFailed, errors_in_words
+from cli.errors import EXIT_FAILED, CommandFailed, UsageProblem, errors_in_words
 from cli.interrupt import Interrupted, run_interruptible
 from cli.stack.checkpoints import choose_checkpoints
 from cli.stack.display import StackDisplay
 from cli.stack.gpus import gpus_for
 from cli.stack.memory import DeviceFlags, check_flags, choose_devices
-from cli.stack.plan import StackOptions
+from cli.stack.plan import StackOptions, StackSecurity
 from cli.stack.stack import Stack, locked_data_dir, running_stack
 from cli.stack.supervisor import ServiceFailed
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from shared.errors import EXIT_BAD_CONFIG
 from shared.grpc_client import error_of
+from shared.tls import Tls, common_name, is_loopback, require_protection
 
 _DESCRIBE_TIMEOUT_S = 30.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 def up(
@@ -40,6 +40,11 @@ def up(
     plan: flags.Plan = "auto",
     vae_gpus: flags.VaeGpus = "auto",
     vram_mode: flags.VramModeFlag = "auto",
+    tls_cert: flags.StackTlsCert = None,
+    tls_key: flags.StackTlsKey = None,
+    insecure: flags.StackInsecure = False,
+    require_keys: flags.KeysRequired = False,
+    admin_key_file: flags.AdminKeyFile = None,
 ) -> None:
     """Start the text encoder, fusion, VAE and gateway services, and keep them running.
 
@@ -48,14 +53,13 @@ def up(
     console = Console(highlight=False)
     with errors_in_words():
         data_dir = data_dir.resolve()
+        security = _security(host, StackSecurity(tls_cert, tls_key, insecure, require_keys, admin_key_file))
         wanted = DeviceFlags(device, text_encoder_device, gpus, plan, vae_gpus, vram_mode)
         here = gpus_for(device)
         check_flags(wanted, here)
         folder = prepare_checkpoints(checkpoints, preset, data_dir, console)
         choice = choose_devices(wanted, here, folder, lambda line: say_choice(line, console))
-        options = StackOptions(data_dir, folder, host, grpc_port, http_port, **vars(choice))
-        if host not in _LOOPBACK:
-            console.print(f"--host {host}: whoever reaches it can use the service.", style="yellow", markup=False)
+        options = StackOptions(data_dir, folder, host, grpc_port, http_port, security=security, **vars(choice))
         try:
             run_interruptible(_serve(options, console))
         except Interrupted:
@@ -63,6 +67,25 @@ def up(
         except ServiceFailed as error:
             status = EXIT_BAD_CONFIG if error.exit_status == EXIT_BAD_CONFIG else EXIT_FAILED
             raise CommandFailed(str(error), exit_status=status) from None
+
+
+def _security(host: str, wanted: StackSecurity) -> StackSecurity:
+    """What was asked for, with whole paths.
+
+    Raises:
+        UsageProblem: it cannot be used, or does not protect where the gateway is to listen.
+    """
+    paths = (wanted.tls_cert, wanted.tls_key, wanted.admin_key_file)
+    cert, key, admin_key_file = (None if path is None else path.resolve() for path in paths)
+    try:
+        tls = Tls(cert, key)
+        require_protection("--host", host, tls, insecure=wanted.insecure)
+        if cert is not None:
+            common_name(cert)
+    except ValueError as error:
+        raise UsageProblem(str(error)) from None
+    keys_required = wanted.keys_required or not is_loopback(host)
+    return StackSecurity(cert, key, wanted.insecure, keys_required, admin_key_file)
 
 
 def prepare_checkpoints(checkpoints: Path | None, preset: str | None, data_dir: Path, console: Console) -> Path:
@@ -103,6 +126,12 @@ async def _describe_fusion(stack: Stack) -> fusion_pb2.DescribeModelResponse:
             raise error_of(error) from None
 
 
+def _how_to_enter(options: StackOptions) -> dict[str, str]:
+    if not options.security.keys_required:
+        return {}
+    return {"API keys": f"required: ovi keys create NAME --data-dir {options.data_dir}, then OVI_API_KEY=..."}
+
+
 def _print_addresses(stack: Stack, fusion: fusion_pb2.DescribeModelResponse, console: Console) -> None:
     address, models = stack.plan.grpc_address, fusion.variants
     rows = {
@@ -113,6 +142,7 @@ def _print_addresses(stack: Stack, fusion: fusion_pb2.DescribeModelResponse, con
         "memory": stack.plan.options.vram_mode.value,
         "weights": str(stack.plan.options.checkpoints),
         "logs": str(stack.plan.gateway.log_path.parent),
+        **_how_to_enter(stack.plan.options),
         "try": f'ovi generate "a bell in the fog" --server {address}',
     }
     console.print("[bold green]Ready.[/] Ctrl-C stops everything.")

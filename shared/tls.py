@@ -39,6 +39,8 @@ class Tls:
     """As a server: callers must show a certificate of this authority (mTLS). None: anybody may connect."""
     ca: Path | None = None
     """As a client: servers must show a certificate of this authority. None: connections are plain text."""
+    public: bool = False
+    """As a client: servers must show a certificate that the system's authorities vouch for."""
     prefix: str = "--tls"
     """How the flags of these files begin, for errors."""
 
@@ -59,6 +61,11 @@ class Tls:
         """True if servers of this side speak TLS."""
         return self.cert is not None
 
+    @property
+    def connects(self) -> bool:
+        """True if connections of this side speak TLS."""
+        return self.ca is not None or self.public
+
     def server_credentials(self) -> grpc.ServerCredentials | None:
         """For a gRPC port; None: plain text."""
         if self.cert is None or self.key is None:
@@ -69,11 +76,12 @@ class Tls:
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
         """For a gRPC channel; None: plain text."""
-        if self.ca is None:
+        if not self.connects:
             return None
+        ca = self.ca.read_bytes() if self.ca is not None else None
         cert = self.cert.read_bytes() if self.cert is not None else None
         key = self.key.read_bytes() if self.key is not None else None
-        return grpc.ssl_channel_credentials(self.ca.read_bytes(), key, cert)
+        return grpc.ssl_channel_credentials(ca, key, cert)
 
 
 PLAIN = Tls()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cli.stack.ports import ReservedPort, connect_host, free_http_port, reserve_grpc_port
@@ -27,6 +27,36 @@ _ENVIRONMENT = {
     # Threads that spin while they wait take the cores from the other services, up to 20 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+
+
+@dataclass(frozen=True)
+class StackSecurity:
+    """What protects the gateway's ports."""
+
+    tls_cert: Path | None = None
+    """PEM certificate; None: plain text."""
+    tls_key: Path | None = None
+    insecure: bool = False
+    """Plain text also beyond the loopback."""
+    keys_required: bool = False
+    """API keys also on the loopback."""
+    admin_key_file: Path | None = None
+    """A key that administers, besides those in the database."""
+
+    def flags(self) -> list[str]:
+        """For the gateway."""
+        flags = ["--insecure"] if self.insecure else []
+        flags += ["--auth", "required"] if self.keys_required else []
+        for flag, path in (
+            ("--tls-cert", self.tls_cert),
+            ("--tls-key", self.tls_key),
+            ("--admin-key-file", self.admin_key_file),
+        ):
+            flags += [flag, str(path)] if path is not None else []
+        return flags
+
+
+OPEN = StackSecurity()
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,8 @@ class StackOptions:
     """What was planned for these GPUs; None: nothing limits the services' memory."""
     grace_s: float = 10.0
     """Seconds that calls under way have to end when the stack stops."""
+    security: StackSecurity = OPEN
+    """Of the gateway's ports; the stages listen on the loopback alone."""
 
     @property
     def vae_ranks(self) -> int:
@@ -81,6 +113,8 @@ class ServiceSpec:
     """Seconds between SIGTERM and SIGKILL."""
     environment: dict[str, str] = field(default_factory=dict)
     """Added to the supervisor's own."""
+    tls_cert: Path | None = None
+    """Certificate that it shows; None: plain text."""
 
 
 @dataclass
@@ -125,8 +159,12 @@ def plan_stack(options: StackOptions) -> StackPlan:
         arguments += ["--grpc-port", str(grpc_port), "--http-port", str(http_port), "--grace-s", str(options.grace_s)]
         for stage in stages:
             arguments += [f"--{stage.name.replace('_', '-')}", stage.address]
-        gateway = _service(options, GATEWAY, grpc_address, arguments)
-        return StackPlan(options, gateway, stages, grpc_address, f"http://{reached}:{http_port}", reserved.pop_all())
+        security = options.security
+        gateway = _service(options, GATEWAY, grpc_address, [*arguments, *security.flags()])
+        gateway = replace(gateway, tls_cert=security.tls_cert)
+        scheme = "https" if security.tls_cert is not None else "http"
+        http_url = f"{scheme}://{reached}:{http_port}"
+        return StackPlan(options, gateway, stages, grpc_address, http_url, reserved.pop_all())
 
 
 def _stage(options: StackOptions, name: str, port: int) -> ServiceSpec:

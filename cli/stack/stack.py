@@ -106,6 +106,7 @@ class Stack:
             "checkpoints": str(self.plan.options.checkpoints),
             "grpc_address": self.plan.grpc_address,
             "http_url": self.plan.http_url,
+            "tls_cert": None if self.plan.gateway.tls_cert is None else str(self.plan.gateway.tls_cert),
             "services": services,
         }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cli.connection import Connection
 from cli.stack import child
 from cli.stack.logs import ServiceLog
 from cli.stack.plan import ServiceSpec
@@ -194,8 +195,7 @@ class SupervisedService:
 
     async def _await_health(self) -> None:
         begin_s = time.monotonic()
-        options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
-        async with grpc.aio.insecure_channel(self.spec.address, options=options) as channel:
+        async with Connection.of_own_stack(self.spec.tls_cert).open(self.spec.address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while not await _is_serving(stub):
                 await asyncio.sleep(_HEALTH_POLL_S)
