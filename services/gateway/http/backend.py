@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sqlalchemy as sa
+
 from services.gateway.artifacts import Artifacts
 from services.gateway.engine import GatewayEngine
 from services.gateway.metrics import GatewayMetrics
@@ -34,6 +36,7 @@ class Backend:
     """The gateway behind the HTTP side."""
 
     engine: GatewayEngine
+    database: sa.Engine
     clients: StageClients
     artifacts: Artifacts
     metrics: GatewayMetrics

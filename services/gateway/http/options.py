@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 DEFAULT_MAX_BODY_MIB = 48.0
 """Room for the largest picture (32 MiB) as a data URL."""
@@ -17,6 +18,12 @@ class HttpOptions:
     """Origins whose scripts may call, such as https://studio.example.com; none: only pages of the gateway itself."""
     max_body_bytes: int
     """Largest body of a request, and largest WebSocket message."""
+    webhook_secret_file: Path | None
+    """Holds the key that signs webhooks; None: none are sent."""
+    webhook_hosts: tuple[str, ...]
+    """Hosts that webhooks may go to; `*.name`: every name below."""
+    webhook_private: bool
+    """Webhooks may also go to loopback and private addresses, and without TLS."""
 
     def __post_init__(self) -> None:
         if self.max_body_bytes < 1024:
@@ -36,6 +43,13 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MAX_BODY_MIB,
         help="largest body of an HTTP request, in MiB (default: %(default)s)",
     )
+    add(
+        "--webhook-secret-file",
+        type=Path,
+        help="file with the key (whsec_...) that signs webhooks; none: none are sent",
+    )
+    add("--webhook-hosts", default="", help="comma-separated hosts that webhooks may go to; *.name: all below it")
+    add("--webhook-private", action="store_true", help="webhooks may go to private addresses, and by plain HTTP")
 
 
 def http_options(args: argparse.Namespace) -> HttpOptions:
@@ -44,5 +58,14 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
     Raises:
         ValueError: one that is not allowed, with the flag's name.
     """
-    origins = tuple(part.strip().rstrip("/") for part in args.cors_origins.split(",") if part.strip())
-    return HttpOptions(cors_origins=origins, max_body_bytes=int(args.max_body_mib * 2**20))
+    return HttpOptions(
+        cors_origins=tuple(origin.rstrip("/") for origin in _listed(args.cors_origins)),
+        max_body_bytes=int(args.max_body_mib * 2**20),
+        webhook_secret_file=args.webhook_secret_file,
+        webhook_hosts=_listed(args.webhook_hosts),
+        webhook_private=args.webhook_private,
+    )
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -12,14 +12,14 @@ from shared.memory.modes import VramMode
 from shared.sampling_options import MAX_SEED, MAX_STEPS, Solver
 from shared.system_proto import vram_mode_to_proto
 
-_SOLVERS = {
+SOLVERS = {
     Solver.UNIPC.value: generation_pb2.SOLVER_UNIPC,
     Solver.DPMPP.value: generation_pb2.SOLVER_DPMPP,
     Solver.EULER.value: generation_pb2.SOLVER_EULER,
 }
 _WHOLE = {"num_inference_steps": (1, MAX_STEPS), "slg_layer": (0, 10_000), "seed": (0, MAX_SEED)}
 """Ranges that fit the message; what the model allows is checked behind it."""
-_MODES = {mode.value: vram_mode_to_proto(mode) for mode in VramMode}
+MODES = {mode.value: vram_mode_to_proto(mode) for mode in VramMode}
 
 
 def read_sampling(reader: FieldReader, names: Mapping[str, str], options: generation_pb2.SamplingOptions) -> None:
@@ -32,7 +32,7 @@ def read_sampling(reader: FieldReader, names: Mapping[str, str], options: genera
     """
     for field, name in names.items():
         if name == "solver":
-            options.solver = reader.choice(field, _SOLVERS) or options.solver
+            options.solver = reader.choice(field, SOLVERS) or options.solver
             continue
         value = reader.whole(field, *_WHOLE[name]) if name in _WHOLE else reader.number(field)
         if value is not None:
@@ -41,7 +41,7 @@ def read_sampling(reader: FieldReader, names: Mapping[str, str], options: genera
 
 def read_vram_mode(reader: FieldReader, field: str, wanted: pb.GenerationParameters) -> None:
     """Fill in the memory mode if it was given."""
-    wanted.vram_mode = reader.choice(field, _MODES) or wanted.vram_mode
+    wanted.vram_mode = reader.choice(field, MODES) or wanted.vram_mode
 
 
 def read_priority(reader: FieldReader, field: str) -> int | None:

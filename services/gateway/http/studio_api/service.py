@@ -91,12 +91,12 @@ class StudioService:
         await self._engine.delete(job.id)
         return studio_id(job)
 
-    async def listed(self) -> list[Job]:
+    async def listed(self, most: int = MAX_LISTED) -> list[Job]:
         """The newest jobs, oldest first."""
         jobs: list[Job] = []
         token = ""
-        while len(jobs) < MAX_LISTED:
-            page = await self._engine.page(page_size=MAX_LISTED - len(jobs), page_token=token, wanted=JobFilter())
+        while len(jobs) < most:
+            page = await self._engine.page(page_size=most - len(jobs), page_token=token, wanted=JobFilter())
             jobs += page.jobs
             token = page.next_page_token
             if not token:

@@ -6,13 +6,15 @@ import time
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
+from services.gateway.artifacts import is_job_id
 from services.gateway.http.backend import Backend
 from services.gateway.http.bodies import json_object, request_id_of
 from services.gateway.http.clips import ClipAnswers
 from services.gateway.http.errors import in_words_of
+from services.gateway.http.ids import JobId
 from services.gateway.http.openapi import ERRORS, JPEG, MP4, WEBP, body_of
 from services.gateway.http.previews import Preview
 from services.gateway.http.reading import FieldReader
@@ -35,6 +37,7 @@ from services.gateway.http.videos_api.objects import (
 from services.gateway.jobs.domain import DEFAULT_PRIORITY, Job, Submission
 from services.gateway.jobs.listing import JobFilter
 from services.gateway.messages import parameters_to_proto
+from shared.errors import InvalidRequest
 
 _DEFAULT_LIMIT, _LARGEST_LIMIT = 20, 100
 _POLL_HEADER = "openai-poll-after-ms"
@@ -44,8 +47,6 @@ _REMIX_SCHEMA = {
     "additionalProperties": False,
     "properties": {"prompt": {"type": "string", "minLength": 1}},
 }
-
-VideoId = Annotated[str, Path(description="Id of a video, as a create gave it.", max_length=64)]
 
 
 def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
@@ -78,6 +79,8 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
         order: Annotated[Literal["asc", "desc"], Query(description="By time of creation.")] = "desc",
     ) -> VideoList:
         """A page of videos."""
+        if after and not is_job_id(after):
+            raise InvalidRequest.of("after", f"got {after!r}, allowed is the id of a video, or nothing")
         wanted = JobFilter(oldest_first=order == "asc", after_id=after)
         page = await engine.page(page_size=limit, page_token="", wanted=wanted)
         videos = [video_of(job) for job in page.jobs]
@@ -89,12 +92,12 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
         )
 
     @router.get("/{video_id}")
-    async def retrieve_video(video_id: VideoId, response: Response) -> Video:
+    async def retrieve_video(video_id: JobId, response: Response) -> Video:
         """A video, whatever became of it."""
         return told(await engine.get(video_id), response)
 
     @router.delete("/{video_id}")
-    async def delete_video(video_id: VideoId) -> DeletedVideo:
+    async def delete_video(video_id: JobId) -> DeletedVideo:
         """Delete a video and its files; one that is being made is stopped first."""
         await engine.cancel(video_id)
         await engine.delete(video_id)
@@ -108,7 +111,7 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
         operation_id="video_content",
     )
     async def download_content(
-        video_id: VideoId, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+        video_id: JobId, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
     ) -> FileResponse:
         """The clip, or a picture of it."""
         job = await engine.get(video_id)
@@ -117,7 +120,7 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
         return await clips.preview(job, Preview(variant))
 
     @router.post("/{video_id}/remix", openapi_extra=body_of(_REMIX_SCHEMA, "application/json"))
-    async def remix_video(video_id: VideoId, request: Request, response: Response) -> Video:
+    async def remix_video(video_id: JobId, request: Request, response: Response) -> Video:
         """Queue a video with another prompt and everything else, the seed too, as before."""
         backend.phase.require_serving()
         reader = FieldReader(await json_object(request))
