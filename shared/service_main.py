@@ -75,7 +75,7 @@ def stage_parser(service: str, default_port: int) -> argparse.ArgumentParser:
     add("--port", type=int, default=default_port, help="control port (default: %(default)s)")
     add("--data-port", type=int, default=0, help="tensor port; 0 picks a free one (default: %(default)s)")
     add("--advertise-host", default=None, help="name other services use for this host (default: --host)")
-    add("--producer-hosts", default="", help="comma-separated hosts, besides loopback, whose tensors are accepted")
+    add("--producer-hosts", default="", help="hosts whose tensors are accepted, besides loopback; *.name: all below it")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--precision", default="auto", choices=["auto", *_PRECISIONS], help="auto: bfloat16 on CUDA, float32 on CPU")
     add("--lease-s", type=float, default=900.0, help="seconds a produced tensor is kept (default: %(default)s)")

@@ -112,11 +112,13 @@ class TensorResolver:
         Args:
             transports: cheapest first.
             channels: shared with the stream transport.
-            hosts: producers that may be contacted; a request must not make this process call anybody else.
+            hosts: producers that may be contacted (`*.name`: every one below that name); a request must not make this
+                process call anybody else.
         """
         self._transports = tuple(transports)
         self._channels = channels
         self._hosts = frozenset(hosts)
+        self._domains = tuple(host[1:] for host in hosts if host.startswith("*."))
 
     @classmethod
     def over_grpc(cls, hosts: Collection[str] = LOOPBACK_HOSTS, tls: Tls = PLAIN) -> TensorResolver:
@@ -163,7 +165,8 @@ class TensorResolver:
     def _check_address(self, ref: pb.TensorRef, field: str) -> None:
         host, _, port = ref.address.rpartition(":")
         violations = []
-        if host not in self._hosts or not port.isdecimal() or not 0 < int(port) < 65536:
+        known = host in self._hosts or host.endswith(self._domains)
+        if not known or not port.isdecimal() or not 0 < int(port) < 65536:
             what = f"got {ref.address[:100]!r}, allowed is host:port of {sorted(self._hosts)} (see --producer-hosts)"
             violations.append(FieldViolation(f"{field}.address", what))
         if not 0 < len(ref.tensor_id) <= 64 or not ref.tensor_id.replace("-", "").replace("_", "").isalnum():

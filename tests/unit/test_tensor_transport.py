@@ -50,6 +50,31 @@ def resolver() -> Iterator[TensorResolver]:
     resolver.close()
 
 
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("gateway-0.gateway", True),
+        ("gateway-12.gateway", True),
+        ("gateway", False),
+        ("gateway-0.gateway.evil.example", False),
+        ("evilgateway", False),
+        ("vae", True),
+    ],
+)
+def test_producers_may_be_named_with_all_hosts_below_a_name(host, allowed) -> None:
+    resolver = TensorResolver.over_grpc({"vae", "*.gateway"})
+    ref = pb.TensorRef(
+        address=f"{host}:1",
+        tensor_id="x",
+        spec=spec_to_proto(spec_of(torch.zeros(1))),
+        transports=[pb.TRANSPORT_GRPC_STREAM],
+    )
+    # Nobody is there in any case: whoever may be called is looked for.
+    with pytest.raises(ReferenceLost if allowed else InvalidRequest):
+        resolver.fetch(ref, field="x", max_bytes=LIMIT, timeout_s=10)
+    resolver.close()
+
+
 def test_fetch_release_and_describe(server, resolver) -> None:
     tensor = torch.randn(300, 1001).bfloat16()
     ref = server.publish(server.store.put(tensor))
