@@ -21,6 +21,7 @@ from cli.connection import (
 from cli.doctor import doctor
 from cli.errors import errors_in_words
 from cli.generate import generate
+from cli.health import health
 from cli.jobs import jobs_app
 from cli.profiles import profiles
 from cli.up import up
@@ -39,6 +40,7 @@ app.command()(generate)
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(models_app, name="models")
 app.command()(doctor)
+app.command()(health)
 app.command()(profiles)
 
 

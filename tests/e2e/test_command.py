@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ovi.gateway.v1 import gateway_pb2 as pb
-from tests.e2e.conftest import MANY_STEPS, OVI, RunningStack
+from tests.e2e.conftest import MANY_STEPS, OVI, SERVICES, RunningStack
+from tests.service_process import free_port
 
 
 def ovi(cwd: Path, *arguments: str | Path, status: int = 0) -> str:
@@ -121,3 +122,11 @@ def test_doctor_says_what_keeps_a_stack_from_starting(stack: RunningStack, tmp_p
     assert findings[f"port {port}"]["verdict"] == "bad"
     assert "--grpc-port" in findings[f"port {port}"]["advice"]
     assert findings["weights"]["verdict"] == "bad"
+
+
+def test_health_of_every_service_is_an_exit_status(stack: RunningStack, tmp_path: Path) -> None:
+    for name in SERVICES:
+        address = stack.info["services"][name]["address"]
+        assert ovi(tmp_path, "health", address).strip() == "SERVING"
+    assert "NOT_FOUND" in ovi(tmp_path, "health", address, "--service", "ovi.gateway.v1.Nothing", status=1)
+    assert "UNAVAILABLE" in ovi(tmp_path, "health", f"127.0.0.1:{free_port()}", "--timeout-s", "1", status=1)
