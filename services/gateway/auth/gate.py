@@ -9,19 +9,27 @@ import ipaddress
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import sqlalchemy as sa
 
 from services.gateway.auth.audit import Audit
 from services.gateway.auth.buckets import Buckets
 from services.gateway.auth.caller import LOCAL, Action, Caller, Role
 from services.gateway.auth.keys import LONGEST_KEY, ApiKey, KeyStore, hash_of, id_of
+from services.gateway.auth.limits import KeyLimitsBook
 from services.gateway.auth.links import Links
 from services.gateway.auth.options import AuthOptions
 from shared.errors import OviError, RateLimited, Unauthenticated
+from shared.logging import get_logger
+
+log = get_logger(__name__)
 
 _FAILURES_PER_MINUTE = 30
 _KNOWN_FOR_S = 2.0
 """How long a key that was looked up is taken to be as it was: within this time a revoked one ends."""
 _MAX_KNOWN = 10_000
+_LIMITS_EVERY_S = 5.0
 _ADMIN_FILE_ID = "key_of_file"
 _HOW = (
     "send `Authorization: Bearer KEY` (gRPC: the metadata key authorization; `ovi`: OVI_API_KEY or --api-key);"
@@ -33,17 +41,25 @@ class Gate:
     """Lets calls in. Used from the event loop."""
 
     def __init__(
-        self, store: KeyStore, options: AuthOptions, audit: Audit, clock: Callable[[], float] = time.monotonic
+        self,
+        store: KeyStore,
+        options: AuthOptions,
+        audit: Audit,
+        limits: KeyLimitsBook,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             store: of the keys; asked only where keys are required.
             options: who may come in.
             audit: told of administrators' calls and refusals.
+            limits: kept up to date from the store.
             clock: seconds; tests put their own in.
         """
         self.options = options
         self.audit = audit
+        self._limits = limits
+        self._reading: asyncio.Task[None] | None = None
         self._store = store
         self._clock = clock
         admin_key = options.admin_key()
@@ -79,7 +95,7 @@ class Gate:
             self.audit.note(Caller(Role.VIEWER), "authenticate", address, "refused: unknown or revoked API key")
             raise Unauthenticated(f"this API key is unknown here or was revoked: {_HOW}")
         self.charge(caller)
-        return caller
+        return replace(caller, sign=self.link)
 
     def admit_link(self, path: str, query: Mapping[str, str], address: str, job_id: str) -> Caller | None:
         """Whoever has a signed link, who sees that one job; None if it is none, or not good.
@@ -92,10 +108,27 @@ class Gate:
         self._address_calls.take(_network(address), self.options.address_requests_per_minute)
         return Caller(Role.VIEWER, only_job=job_id) if self._links.opens(path, query) else None
 
-    async def prepare(self) -> None:
-        """Read what is shared with the other gateways; once the database is there."""
+    async def start(self) -> None:
+        """Read what is shared with the other gateways, and go on reading; once the tables are there."""
         if self.options.required:
             self._links = Links(await asyncio.to_thread(self._store.shared_secret, "links"))
+            self._limits.write(await asyncio.to_thread(self._store.all))
+            self._reading = asyncio.create_task(self._read_limits())
+
+    async def close(self) -> None:
+        """Read no more."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
+        self.audit.close()
+
+    async def _read_limits(self) -> None:
+        while True:
+            await asyncio.sleep(_LIMITS_EVERY_S)
+            try:
+                self._limits.write(await asyncio.to_thread(self._store.all))
+            except sa.exc.SQLAlchemyError as error:
+                log.warning("limits of API keys cannot be read now", reason=str(error))
 
     def link(self, path: str) -> str:
         """A path of the HTTP port as it is told to clients: signed where keys are required."""
