@@ -23,6 +23,7 @@ from cli.errors import errors_in_words
 from cli.generate import generate
 from cli.health import health
 from cli.jobs import jobs_app
+from cli.keys import keys_app
 from cli.profiles import profiles
 from cli.up import up
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command()(up)
 app.command()(generate)
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(keys_app, name="keys")
 app.add_typer(models_app, name="models")
 app.command()(doctor)
 app.command()(health)
