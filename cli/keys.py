@@ -7,9 +7,8 @@ import enum
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import sqlalchemy as sa
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +17,10 @@ from rich.text import Text
 from cli import flags
 from cli.errors import UsageProblem, errors_in_words
 from services.gateway.auth.caller import KeyLimits, Role
-from services.gateway.auth.keys import ApiKey, KeyStore, new_key
-from services.gateway.database import DATABASE_FILE, database_url, open_database, open_postgres
-from services.gateway.migrations import migrate
+from services.gateway.auth.keys import ApiKey, new_key
+
+if TYPE_CHECKING:
+    from services.gateway.auth.key_store import KeyStore
 
 keys_app = typer.Typer(help="Make, list and revoke API keys of a gateway.", no_args_is_help=True)
 
@@ -100,6 +100,13 @@ def revoke(
 
 @contextlib.contextmanager
 def _key_store(data_dir: flags.DataDir, url_text: str) -> Iterator[KeyStore]:
+    # Databases take a second to import, which the other commands need not wait for.
+    import sqlalchemy as sa
+
+    from services.gateway.auth.key_store import KeyStore
+    from services.gateway.database import DATABASE_FILE, database_url, open_database, open_postgres
+    from services.gateway.migrations import migrate
+
     try:
         url = database_url(url_text)
         if url is None:

@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from services.gateway.auth.audit import Audit
 from services.gateway.auth.buckets import Buckets
 from services.gateway.auth.caller import LOCAL, Action, Caller, Role
-from services.gateway.auth.keys import LONGEST_KEY, ApiKey, KeyStore, hash_of, id_of
+from services.gateway.auth.key_store import KeyStore
+from services.gateway.auth.keys import LONGEST_KEY, ApiKey, hash_of, id_of
 from services.gateway.auth.limits import KeyLimitsBook
 from services.gateway.auth.links import Links
 from services.gateway.auth.options import AuthOptions
