@@ -33,7 +33,8 @@ class GatewayUnderTest:
     @property
     def http_url(self) -> str:
         listening = next(entry for entry in self.service.log if entry["event"] == "http listening")
-        return f"http://{listening['address']}"
+        scheme = "https" if listening["tls"] else "http"
+        return f"{scheme}://{listening['address']}"
 
     def create(
         self,
@@ -93,10 +94,12 @@ class GatewayUnderTest:
 
 
 @contextlib.contextmanager
-def running_gateway(data_dir: Path, *flags: str, serving: bool = True) -> Iterator[GatewayUnderTest]:
-    """A gateway process on free ports."""
+def running_gateway(
+    data_dir: Path, *flags: str, serving: bool = True, credentials: grpc.ChannelCredentials | None = None
+) -> Iterator[GatewayUnderTest]:
+    """A gateway process on free ports; with credentials, one that has TLS."""
     arguments = ["--data-dir", str(data_dir), "--http-port", "0", "--grace-s", "5", *flags]
-    with running_service("gateway", *arguments, serving=serving) as service:
+    with running_service("gateway", *arguments, serving=serving, credentials=credentials) as service:
         gateway = GatewayUnderTest(service, data_dir)
         with gateway.channel:
             yield gateway
