@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import sqlalchemy as sa
 
 from ovi.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from services.gateway.artifacts import Artifacts
+from services.gateway.auth.audit import Audit
+from services.gateway.auth.gate import Gate
+from services.gateway.auth.grpc_gate import GateInterceptor
+from services.gateway.auth.key_store import KeyStore
+from services.gateway.auth.limits import KeyLimitsBook
+from services.gateway.auth.options import AuthOptions, add_security_flags, security_options
 from services.gateway.config import GatewayOptions, PipelineOptions, StageAddresses
-from services.gateway.database import DATABASE_FILE, CannotStart, DataDirLock, open_database
+from services.gateway.database import CannotStart, DataDirLock, database_url
 from services.gateway.engine import GatewayEngine
 from services.gateway.fitting import Fitting
-from services.gateway.http.app import make_app
+from services.gateway.http.app import HttpApp
 from services.gateway.http.backend import Backend, GatewayPhase
 from services.gateway.http.options import add_http_flags, http_options
 from services.gateway.http.server import HttpSide
 from services.gateway.images import ImageStore
-from services.gateway.jobs.store import JobStore
-from services.gateway.jobs.tracker import JobTracker
+from services.gateway.job_side import JobSide
+from services.gateway.jobs.estimates import Estimator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog
-from services.gateway.pipeline import Pipeline
 from services.gateway.servicer import JobServicer, ModelServicer, StackSystemServicer
 from services.gateway.stages import StageClients
 from services.gateway.system import StackSystem
@@ -36,7 +42,6 @@ from shared.system_service import system_grpc_service
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import LOOPBACK_HOSTS, TensorResolver
-from shared.tls import Tls, add_tls_flags, require_protection
 
 _LATENT_LEASE_S = 3600.0
 _LATENT_STORE_BYTES = 1 << 30
@@ -48,38 +53,47 @@ async def run(options: GatewayOptions) -> None:
     Raises:
         CannotStart: the data folder is another gateway's, or cannot be used.
     """
+    if options.database is not None:
+        await _run_owner(options)
+        return
     with DataDirLock(options.data_dir):
         await _run_owner(options)
 
 
 async def _run_owner(options: GatewayOptions) -> None:
     listen = options.listen
-    database = open_database(options.data_dir / DATABASE_FILE)
     metrics, phase = GatewayMetrics(), GatewayPhase()
-    store = JobStore(database)
-    tracker = JobTracker(store, metrics)
-    clients = StageClients.connect(options.stages, options.stage_tls)
+    limits = KeyLimitsBook()
+    job_side = JobSide(options.data_dir, options.database, limits, metrics)
+    gate = _make_gate(options.security.auth, job_side.database, limits)
+    tracker = job_side.tracker
+    clients = StageClients.connect(options.stages, options.security.stage_tls)
     catalog = ModelCatalog(clients.models)
     system = StackSystem(clients)
     watcher = DeviceWatcher(system.look)
     artifacts, images = Artifacts(options.data_dir / "artifacts"), ImageStore(options.data_dir / "images")
-    resolver = TensorResolver.over_grpc(options.producer_hosts, options.stage_tls)
+    resolver = TensorResolver.over_grpc(options.producer_hosts, options.security.stage_tls)
     latents = TensorStore(lease_s=_LATENT_LEASE_S, max_bytes=_LATENT_STORE_BYTES)
     tensors = TensorServer(
         latents,
         host=options.data_host,
         port=options.data_port,
         advertise_host=options.advertise_host,
-        tls=options.stage_tls,
+        tls=options.security.stage_tls,
     )
     work = JobWork(tracker, clients, catalog, artifacts, images, resolver, tensors, metrics, options.pipeline)
-    pipeline = Pipeline(database, tracker, work, options.pipeline)
+    pipeline = job_side.build(work, artifacts, options.pipeline)
+    estimator = Estimator(job_side.queue, tracker, lanes=len(clients.fusion.workers))
     fitting = Fitting(clients.fusion_plan)
-    engine = GatewayEngine(tracker, pipeline, catalog, fitting, artifacts, images, metrics)
-    backend = Backend(engine, clients, artifacts, metrics, phase, system, watcher)
+    engine = GatewayEngine(tracker, job_side.queue, pipeline, estimator, catalog, fitting, artifacts, images, metrics)
+    backend = Backend(engine, job_side.database, clients, artifacts, metrics, phase, system, watcher)
+    try:
+        http_app = HttpApp(backend, options.http, gate)
+    except ValueError as error:
+        raise CannotStart(str(error)) from None
     try:
         http = HttpSide(
-            make_app(backend, options.http),
+            http_app.asgi,
             host=listen.host,
             port=options.http_port,
             grace_s=listen.grace_s,
@@ -92,14 +106,11 @@ async def _run_owner(options: GatewayOptions) -> None:
         ) from None
 
     async def load() -> None:
-        try:
-            store.create_tables()
-        except sa.exc.DatabaseError as error:
-            what = f"{options.data_dir / DATABASE_FILE} cannot be used ({error.orig})"
-            raise CannotStart(f"{what}; move it away or put a backup in its place") from None
+        await job_side.start()
+        await gate.start()
         http.start()
-        await pipeline.launch()
         await watcher.start()
+        http_app.start()
         phase.serving = True
 
     async def drain() -> None:
@@ -108,16 +119,24 @@ async def _run_owner(options: GatewayOptions) -> None:
         await watcher.stop()
 
     async def close() -> None:
+        await http_app.stop()
         await http.stop()
-        await pipeline.close()
+        await gate.close()
+        await job_side.close()
         await clients.close()
         resolver.close()
         tensors.stop(listen.grace_s)
-        tracker.close()
-        database.dispose()
 
     services = [*_services(engine), system_grpc_service(StackSystemServicer(watcher, system))]
-    await serve(listen, services, load=load, close=close, drain=drain)
+    await serve(listen, services, load=load, close=close, drain=drain, interceptors=[GateInterceptor(gate)])
+
+
+def _make_gate(options: AuthOptions, database: sa.Engine, limits: KeyLimitsBook) -> Gate:
+    try:
+        return Gate(KeyStore(database), options, Audit(options.audit_log), limits)
+    except OSError as error:
+        what = f"--audit-log {options.audit_log} cannot be written ({error.strerror}); choose another file"
+        raise CannotStart(what) from None
 
 
 def _services(engine: GatewayEngine) -> list[GrpcService]:
@@ -139,13 +158,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m services.gateway")
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, help="folder of the database, clips and pictures")
+    add(
+        "--database-url",
+        default=os.environ.get("OVI_DATABASE_URL", ""),
+        help="postgresql+psycopg://USER:PASSWORD@HOST/NAME, which several gateways can share"
+        " (default: OVI_DATABASE_URL, else a SQLite file in the data folder)",
+    )
     add("--host", default="127.0.0.1", help="interface to listen on (default: loopback only)")
     add("--grpc-port", "--port", type=int, default=50050, help="port of the gRPC API (default: %(default)s)")
     add("--http-port", type=int, default=8000, help="port of the HTTP side; 0 picks a free one (default: %(default)s)")
     add("--data-port", type=int, default=0, help="tensor port; 0 picks a free one (default: %(default)s)")
     add("--data-host", default="127.0.0.1", help="interface of the tensor port (default: loopback only)")
     add("--advertise-host", default=None, help="name the stages use for this host (default: --data-host)")
-    add("--producer-hosts", default="", help="comma-separated hosts, besides loopback, whose tensors are accepted")
+    add("--producer-hosts", default="", help="hosts whose tensors are accepted, besides loopback; *.name: all below it")
     add("--text-encoder", default="127.0.0.1:50051", help="address of the text encoder (default: %(default)s)")
     add(
         "--fusion",
@@ -157,10 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--worker-wait-s", type=float, default=600.0, help="seconds a job waits for a stage (default: %(default)s)")
     add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
     add_http_flags(parser)
-    add_tls_flags(parser)
-    add("--stage-tls-ca", type=Path, help="PEM authority of the stages: they are called, and may call, by mTLS alone")
-    add("--stage-tls-cert", type=Path, help="PEM certificate shown to the stages (default: --tls-cert)")
-    add("--stage-tls-key", type=Path, help="its private key (default: --tls-key)")
+    add_security_flags(parser)
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
@@ -170,38 +192,20 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _certificates(args: argparse.Namespace) -> tuple[Tls, Tls]:
-    """Towards clients, and towards the stages.
-
-    Raises:
-        ValueError: they cannot be used, or are missing where the gateway listens.
-    """
-    tls = Tls(args.tls_cert, args.tls_key, args.tls_client_ca)
-    require_protection("--host", args.host, tls, insecure=args.insecure)
-    stage_tls = Tls(prefix="--stage-tls")
-    if args.stage_tls_ca is not None:
-        own = args.stage_tls_cert is not None or args.stage_tls_key is not None
-        cert, key = (args.stage_tls_cert, args.stage_tls_key) if own else (args.tls_cert, args.tls_key)
-        stage_tls = Tls(cert, key, args.stage_tls_ca, args.stage_tls_ca, prefix="--stage-tls")
-    elif args.stage_tls_cert is not None or args.stage_tls_key is not None:
-        raise ValueError("--stage-tls-cert and --stage-tls-key need --stage-tls-ca, the authority of the stages")
-    require_protection("--data-host", args.data_host, stage_tls, insecure=args.insecure)
-    return tls, stage_tls
-
-
 def main() -> None:
     """Parse flags and run."""
     parser = _parser()
     args = parser.parse_args()
     try:
         pipeline = PipelineOptions(args.max_concurrent_jobs, args.worker_wait_s, args.stage_timeout_s)
+        database = database_url(args.database_url)
         stages = StageAddresses(args.text_encoder, _listed(args.fusion), _listed(args.vae))
         http = http_options(args)
-        tls, stage_tls = _certificates(args)
+        security = security_options(args)
     except ValueError as error:
         parser.error(str(error))
     options = GatewayOptions(
-        listen=ListenConfig(args.host, args.grpc_port, args.grace_s, tls),
+        listen=ListenConfig(args.host, args.grpc_port, args.grace_s, security.tls),
         http_port=args.http_port,
         http=http,
         data_host=args.data_host,
@@ -209,8 +213,9 @@ def main() -> None:
         advertise_host=args.advertise_host or args.data_host,
         producer_hosts=LOOPBACK_HOSTS | set(_listed(args.producer_hosts)),
         data_dir=args.data_dir.absolute(),
+        database=database,
         stages=stages,
-        stage_tls=stage_tls,
+        security=security,
         pipeline=pipeline,
     )
     try:

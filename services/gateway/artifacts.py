@@ -105,6 +105,11 @@ class Artifacts:
             while chunk := file.read(_DOWNLOAD_CHUNK_BYTES):
                 yield chunk
 
+    def num_bytes(self, job_id: str) -> int:
+        """Of all files of a job."""
+        folder = self._folder(job_id)
+        return sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
+
     def delete(self, job_id: str) -> None:
         """Remove a job's files; none being there is no error."""
         folder = self._folder(job_id)

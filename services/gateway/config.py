@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import sqlalchemy as sa
+
+from services.gateway.auth.options import SecurityOptions
 from services.gateway.http.options import HttpOptions
 from shared.grpc_server import ListenConfig
-from shared.tls import Tls
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class GatewayOptions:
     producer_hosts: frozenset[str]
     """Hosts whose tensor references are accepted."""
     data_dir: Path
-    """Database, artifacts and pictures; owned by one gateway at a time."""
+    """Artifacts and pictures, and the database file, with which it is owned by one gateway at a time."""
+    database: sa.URL | None
+    """Of PostgreSQL, which several gateways can share; None: a file in the data folder."""
     stages: StageAddresses
-    stage_tls: Tls
-    """Certificates towards the stages: of this gateway's connections to them, and of its data port."""
+    security: SecurityOptions
+    """Certificates, and who may come in."""
     pipeline: PipelineOptions

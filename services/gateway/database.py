@@ -1,4 +1,4 @@
-"""The gateway's database file: one owner, one way to open it."""
+"""The gateway's database: a file with one owner, or PostgreSQL with several gateways on it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from shared.errors import FailedPrecondition
 DATABASE_FILE = "ovi.sqlite3"
 _LOCK_FILE = "gateway.lock"
 _BUSY_TIMEOUT_MS = 30_000
+_IDLE_IN_TRANSACTION_S = 8
+_LOCK_TIMEOUT_S = 15
 
 
 class CannotStart(FailedPrecondition):
@@ -69,9 +71,56 @@ class DataDirLock:
         os.close(self._file)
 
 
+def database_url(text: str) -> sa.URL | None:
+    """The database that `--database-url` names; None if it is empty: the file in the data folder.
+
+    Raises:
+        ValueError: it is not PostgreSQL's.
+    """
+    if not text:
+        return None
+    try:
+        url = sa.make_url(text)
+    except sa.exc.ArgumentError:
+        url = None
+    if url is None or url.drivername not in ("postgresql", "postgresql+psycopg") or not url.database:
+        shown = str(url) if url is not None else "something else"
+        allowed = "postgresql+psycopg://USER:PASSWORD@HOST/NAME, or nothing for the file in the data folder"
+        raise ValueError(f"--database-url: got {shown}, allowed is {allowed}")
+    return url.set(drivername="postgresql+psycopg")
+
+
+def open_postgres(url: sa.URL) -> sa.Engine:
+    """An engine on PostgreSQL. Nothing waits for ever: not for a server that is away, nor for one that is stopped."""
+    settings = {
+        # A gateway that was stopped in the middle of a transaction must not hold its locks.
+        "idle_in_transaction_session_timeout": f"{_IDLE_IN_TRANSACTION_S}s",
+        "lock_timeout": f"{_LOCK_TIMEOUT_S}s",
+        "synchronous_commit": "on",
+    }
+    return sa.create_engine(
+        url,
+        pool_size=10,
+        max_overflow=20,
+        pool_timeout=10,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={
+            "connect_timeout": 5,
+            "tcp_user_timeout": 10_000,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "application_name": "ovi-gateway",
+            "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
+        },
+    )
+
+
 def open_database(path: Path) -> sa.Engine:
     """An engine on a SQLite file: write-ahead log, every commit on disk before it is answered, writers take turns."""
-    engine = sa.create_engine(f"sqlite:///{path}", pool_size=10)
+    # Its errors go to logs, where prompts do not belong.
+    engine = sa.create_engine(f"sqlite:///{path}", pool_size=10, hide_parameters=True)
 
     @sa.event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:

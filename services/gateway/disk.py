@@ -1,4 +1,4 @@
-"""A full disk, told apart from everything else that can go wrong with a file or a table."""
+"""A full disk and a database that is away, told apart from everything else that can go wrong with a file or a table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,35 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 from safetensors import SafetensorError
 
-from shared.errors import DiskFull
+from shared.errors import DiskFull, Unavailable
 
 _PRIMARY_CODE = 0xFF
 """SQLite's extended codes hold the primary one in their lowest byte."""
+
+
+class DatabaseAway(Unavailable):
+    """The database cannot be reached, or was stopped under a transaction; nothing was changed as far as is known."""
+
+    reason = "DATABASE_UNAVAILABLE"
+
+
+@contextlib.contextmanager
+def database_away_is_said() -> Iterator[None]:
+    """Around transactions.
+
+    Raises:
+        DatabaseAway: instead of what the driver calls it.
+    """
+    try:
+        yield
+    except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+        raise DatabaseAway(f"the database cannot be used now ({error.orig}); try again soon") from None
+    except sa.exc.DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        raise DatabaseAway(f"the database was stopped ({error.orig}); try again soon") from None
+    except sa.exc.TimeoutError:
+        raise DatabaseAway("all connections to the database are in use; try again soon") from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from ovi.gateway.v1 import gateway_pb2 as pb
-from services.gateway.jobs.domain import ClipParameters, Job, JobStage, JobState
+from services.gateway.auth.caller import link
+from services.gateway.jobs.domain import DEFAULT_PRIORITY, ClipParameters, Job, JobStage, JobState, Submission
+from services.gateway.jobs.listing import JobFilter
 from services.gateway.models import ModelInfo
 from shared.errors import InvalidRequest
 from shared.generation_proto import sampling_options_to_proto, size_to_proto
@@ -15,6 +17,7 @@ from shared.system_proto import vram_mode_to_proto
 
 _STATES = {
     JobState.QUEUED: pb.JOB_STATE_QUEUED,
+    JobState.PAUSED: pb.JOB_STATE_PAUSED,
     JobState.RUNNING: pb.JOB_STATE_RUNNING,
     JobState.COMPLETED: pb.JOB_STATE_COMPLETED,
     JobState.FAILED: pb.JOB_STATE_FAILED,
@@ -32,8 +35,8 @@ _STAGES = {
 
 
 def video_url_path(job_id: str) -> str:
-    """Path of a finished clip under the HTTP port."""
-    return f"/api/videos/{job_id}.mp4"
+    """Path of a finished clip under the HTTP port, for the present caller."""
+    return link(f"/api/videos/{job_id}.mp4")
 
 
 def states_from_proto(values: Iterable[pb.JobState.ValueType]) -> set[JobState]:
@@ -47,6 +50,31 @@ def states_from_proto(values: Iterable[pb.JobState.ValueType]) -> set[JobState]:
         names = ", ".join(pb.JobState.Name(value) for value in _STATES_FROM_PROTO)
         raise InvalidRequest.of("states", f"got {sorted(unknown)}, allowed is {names}")
     return set() if pb.JOB_STATE_UNSPECIFIED in wanted else {_STATES_FROM_PROTO[value] for value in wanted}
+
+
+def submission_from_proto(request: pb.CreateJobRequest | pb.BatchCreateRequest) -> Submission:
+    """How the jobs of a request are to be treated; who asks is not in it."""
+    return Submission(
+        request_id=request.request_id,
+        priority=request.priority if request.HasField("priority") else DEFAULT_PRIORITY,
+        deadline_time_s=request.deadline.ToNanoseconds() / 1e9 if request.HasField("deadline") else None,
+        label=request.label,
+    )
+
+
+def filter_from_proto(request: pb.ListJobsRequest) -> JobFilter:
+    """Which jobs a list has.
+
+    Raises:
+        InvalidRequest: a state that has no name.
+    """
+    return JobFilter(
+        states=frozenset(states_from_proto(request.states)),
+        key_id=request.key_id if request.HasField("key_id") else None,
+        batch_id=request.batch_id,
+        label=request.label,
+        oldest_first=request.oldest_first,
+    )
 
 
 def job_to_proto(job: Job) -> pb.Job:
@@ -66,8 +94,19 @@ def job_to_proto(job: Job) -> pb.Job:
         end_time=_timestamp(job.end_time_s),
         attempts=job.attempts,
         stage_seconds=job.stage_seconds,
-        request_id=job.request_id,
+        request_id=job.submission.request_id,
+        priority=job.submission.priority,
+        deadline=_timestamp(job.submission.deadline_time_s),
+        label=job.submission.label,
+        batch_id=job.submission.batch_id,
+        key_id=job.submission.key_id,
+        setbacks=[pb.Setback(time=_timestamp(one.time_s), reason=one.reason) for one in job.setbacks],
     )
+    if job.estimate is not None:
+        message.estimate.position = job.estimate.position
+        for field, time_s in (("start_time", job.estimate.start_time_s), ("end_time", job.estimate.end_time_s)):
+            if time_s is not None:
+                getattr(message.estimate, field).CopyFrom(_timestamp(time_s))
     if job.failure is not None:
         message.error.code, message.error.message = job.failure.code, job.failure.message
     if job.video is not None:

@@ -14,7 +14,7 @@ from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from services.gateway.artifacts import is_job_id
 from services.gateway.engine import GatewayEngine
-from services.gateway.messages import job_to_proto, model_to_proto, states_from_proto
+from services.gateway.messages import filter_from_proto, job_to_proto, model_to_proto, submission_from_proto
 from services.gateway.system import StackSystem
 from shared.errors import InvalidRequest
 from shared.generation_proto import size_to_proto
@@ -32,7 +32,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
         self._engine = engine
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: grpc.aio.ServicerContext) -> pb.CreateJobResponse:
-        job = await self._engine.create(request.request_id, request.parameters)
+        job = await self._engine.create(submission_from_proto(request), request.parameters)
         return pb.CreateJobResponse(job=job_to_proto(job))
 
     async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.GetJobResponse:
@@ -40,7 +40,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext) -> pb.ListJobsResponse:
         page = await self._engine.page(
-            page_size=request.page_size, page_token=request.page_token, states=states_from_proto(request.states)
+            page_size=request.page_size, page_token=request.page_token, wanted=filter_from_proto(request)
         )
         return pb.ListJobsResponse(jobs=map(job_to_proto, page.jobs), next_page_token=page.next_page_token)
 
@@ -53,6 +53,25 @@ class JobServicer(pb_grpc.JobServiceServicer):
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.CancelJobResponse:
         return pb.CancelJobResponse(job=job_to_proto(await self._engine.cancel(_checked_id(request.id))))
+
+    async def BatchCreate(
+        self, request: pb.BatchCreateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.BatchCreateResponse:
+        jobs = await self._engine.create_batch(submission_from_proto(request), request)
+        return pb.BatchCreateResponse(batch_id=jobs[0].submission.batch_id, job_ids=[job.id for job in jobs])
+
+    async def PauseJob(self, request: pb.PauseJobRequest, context: grpc.aio.ServicerContext) -> pb.PauseJobResponse:
+        return pb.PauseJobResponse(job=job_to_proto(await self._engine.pause(_checked_id(request.id))))
+
+    async def ResumeJob(self, request: pb.ResumeJobRequest, context: grpc.aio.ServicerContext) -> pb.ResumeJobResponse:
+        return pb.ResumeJobResponse(job=job_to_proto(await self._engine.resume(_checked_id(request.id))))
+
+    async def QueueStats(
+        self, request: pb.QueueStatsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.QueueStatsResponse:
+        counts, stats = await asyncio.gather(self._engine.count_by_state(), self._engine.stats())
+        numbers = {state.value: count for state, count in counts.items()}
+        return pb.QueueStatsResponse(num_jobs=numbers, wait_seconds=stats.wait_s)
 
     async def DeleteJob(self, request: pb.DeleteJobRequest, context: grpc.aio.ServicerContext) -> pb.DeleteJobResponse:
         await self._engine.delete(_checked_id(request.id))

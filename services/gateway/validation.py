@@ -5,6 +5,7 @@ The request comes as protobuf: its fields know whether they were given, and what
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Literal
 
 from ovi.gateway.v1 import gateway_pb2 as pb
 from services.gateway.images import ImageInfo
-from services.gateway.jobs.domain import ClipParameters
+from services.gateway.jobs.domain import HIGHEST_PRIORITY, LOWEST_PRIORITY, ClipParameters, Submission
 from services.gateway.models import ModelInfo, runnable
 from shared.errors import FieldViolation, InvalidRequest
 from shared.generation_proto import sampling_options_from_proto
@@ -22,6 +23,7 @@ from shared.shapes import SIZE_MULTIPLE, legal_size, snap_size
 from shared.system_proto import vram_mode_from_proto
 
 MAX_PROMPT_CHARACTERS = 5000
+MAX_LABEL_CHARACTERS = 200
 DEFAULT_VIDEO_NEGATIVE = "jitter, bad hands, blur, distortion"
 DEFAULT_AUDIO_NEGATIVE = "robotic, muffled, echo, distorted"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -32,26 +34,26 @@ _NegativeField = Literal["video_negative_prompt", "audio_negative_prompt"]
 
 
 def validate(
-    request_id: str,
+    submission: Submission,
     parameters: pb.GenerationParameters,
     models: Mapping[str, ModelInfo],
     image: ImageInfo | None,
+    now_s: float,
 ) -> ClipParameters:
     """What is to be made, every default filled in.
 
     Args:
-        request_id: chosen by the client; may be empty.
+        submission: who asks, and how the job is to be treated.
         parameters: as asked.
         models: variants by id, with those that cannot be run; the first that can is the default.
         image: the kept picture that `parameters.image_id` names; None if it is not kept.
+        now_s: Unix seconds.
 
     Raises:
         InvalidRequest: with every violation; field paths begin at the CreateJob request.
     """
     check = _Check()
-    if request_id and _REQUEST_ID.fullmatch(request_id) is None:
-        what = f"got {request_id[:140]!r}, allowed is nothing or 1 to 128 characters of [A-Za-z0-9._-]"
-        check.wrong("request_id", what)
+    check.submission(submission, now_s)
     model = check.model(parameters, models)
     prompt = check.text("prompt", parameters.prompt, fewest=1)
     video_negative = check.optional_text(parameters, "video_negative_prompt", DEFAULT_VIDEO_NEGATIVE)
@@ -87,6 +89,21 @@ class _Check:
 
     def wrong(self, field: str, description: str) -> None:
         self.violations.append(FieldViolation(field, description))
+
+    def submission(self, submission: Submission, now_s: float) -> None:
+        request_id, deadline_s = submission.request_id, submission.deadline_time_s
+        if request_id and _REQUEST_ID.fullmatch(request_id) is None:
+            what = f"got {request_id[:140]!r}, allowed is nothing or 1 to 128 characters of [A-Za-z0-9._-]"
+            self.wrong("request_id", what)
+        if not LOWEST_PRIORITY <= submission.priority <= HIGHEST_PRIORITY:
+            what = f"got {submission.priority}, allowed is {LOWEST_PRIORITY} to {HIGHEST_PRIORITY}, higher ones first"
+            self.wrong("priority", what)
+        if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s > now_s):
+            what = f"got {deadline_s:.0f} (Unix seconds), allowed is a time after now, which is {now_s:.0f}"
+            self.wrong("deadline", what)
+        if len(submission.label) > MAX_LABEL_CHARACTERS:
+            what = f"got {len(submission.label)} characters, allowed is at most {MAX_LABEL_CHARACTERS}"
+            self.wrong("label", what)
 
     def model(self, parameters: pb.GenerationParameters, models: Mapping[str, ModelInfo]) -> ModelInfo | None:
         legal = runnable(models)

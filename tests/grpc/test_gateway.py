@@ -279,10 +279,10 @@ def test_cancel_stops_the_worker_before_its_next_step(gateway, by_hand, data_dir
 
 
 def test_a_cancelled_job_in_the_queue_never_runs(gateway, by_hand):
-    running = [gateway.create(), gateway.create()]
-    calls = [by_hand.fusion.next_call(), by_hand.fusion.next_call()]
+    running = [gateway.create() for _ in range(3)]
+    calls = [by_hand.fusion.next_call() for _ in running]
     waiting = gateway.create(seed=99)
-    assert gateway.get(waiting.id).state == pb.JOB_STATE_QUEUED, "two jobs at a time"
+    assert gateway.get(waiting.id).state == pb.JOB_STATE_QUEUED, "three jobs at a time"
     assert gateway.cancel(waiting.id).state == pb.JOB_STATE_CANCELLED
     after = gateway.create(seed=98)
     for call in calls:

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from ovi.gateway.v1 import gateway_pb2 as pb
-from services.gateway.pipeline.pipeline import MAX_RECOVERIES
+from services.gateway.jobs.queue import MAX_OWNERS_LOST
 from shared.errors import EXIT_BAD_CONFIG
 from tests.grpc.gateway_client import WAIT_S, GatewayUnderTest, running_gateway
 from tests.grpc.scripted_stages import DenoiseCall, ScriptedStages, clip_of, scripted_stages
@@ -265,15 +265,16 @@ def test_crash_between_row_and_workflow_strands_nothing(stages, data_dir):
     assert stages.fusion.calls.empty(), "it ran once"
 
 
-def test_a_workflow_that_was_claimed_and_never_begun_is_begun(stages, data_dir):
-    """A full disk can come between the two writes of a claim, or after the claim's end failed."""
-    with running_gateway(data_dir, *stages.flags, "--max-concurrent-jobs", "2") as gateway:
-        calls = [begin(gateway, stages)[1], begin(gateway, stages)[1]]
+def test_a_job_that_was_taken_and_never_begun_is_begun(stages, data_dir):
+    """Its start can fail after it was taken, and so can letting go of it."""
+    with running_gateway(data_dir, *stages.flags, "--max-concurrent-jobs", "1") as gateway:
+        _, call = begin(gateway, stages)
         waiting = gateway.create(seed=53)
-        claim = "UPDATE workflow_status SET status = 'PENDING' WHERE workflow_uuid = ? AND status = 'ENQUEUED'"
-        gateway.until(waiting.id, lambda now: edit(data_dir, claim, now.id) == 1)
-        for call in calls:
-            call.finish()
+        take = (
+            "UPDATE jobs SET state = 'running', owner = (SELECT owner FROM jobs WHERE state = 'running') WHERE id = ?"
+        )
+        assert edit(data_dir, take, waiting.id) == 1
+        call.finish()
         stages.fusion.next_call().finish()
         end = gateway.end_of(waiting.id)
         assert end.state == pb.JOB_STATE_COMPLETED and end.attempts == 1
@@ -311,7 +312,7 @@ def test_job_of_another_pipeline_version_begins_again(stages, data_dir):
 
 def test_job_that_takes_the_gateway_with_it_is_given_up(stages, data_dir):
     job = None
-    for attempt in range(1, MAX_RECOVERIES + 2):
+    for attempt in range(1, MAX_OWNERS_LOST + 2):
         with running_gateway(data_dir, *stages.flags) as gateway:
             job = job or gateway.create()
             call = stages.fusion.next_call()

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ from ovi.gateway.v1 import gateway_pb2
 from services.gateway.artifacts import is_job_id
 from services.gateway.database import open_database
 from services.gateway.jobs.domain import (
+    UNFINISHED,
     ClipParameters,
     Ending,
     Job,
@@ -25,14 +27,17 @@ from services.gateway.jobs.domain import (
     JobStage,
     JobState,
     Progress,
+    Submission,
     VideoInfo,
     new_job_id,
 )
+from services.gateway.jobs.listing import JobFilter
 from services.gateway.jobs.schema import jobs
 from services.gateway.jobs.store import JobStore
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.messages import job_to_proto
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.migrations import migrate
 from services.gateway.validation import MAX_PROMPT_CHARACTERS
 from shared.errors import AlreadyExists, DiskFull, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from shared.memory.modes import VramMode
@@ -47,14 +52,21 @@ VIDEO = VideoInfo(num_bytes=1234, height=64, width=96, num_frames=121, fps=24)
 @pytest.fixture
 def store(tmp_path) -> Iterator[JobStore]:
     database = open_database(tmp_path / "jobs.sqlite3")
+    migrate(database)
     store = JobStore(database)
-    store.create_tables()
     yield store
     database.dispose()
 
 
-def make(store: JobStore, request_id: str = "", request_hash: str = "h") -> Job:
-    return store.create(Job(new_job_id(), PARAMETERS, create_time_s=100.5, request_id=request_id), request_hash)
+def make(store: JobStore, request_id: str = "", request_hash: str = "h", **asked: Any) -> Job:
+    submission = Submission(request_id=request_id, **asked)
+    return store.create(Job(new_job_id(), PARAMETERS, create_time_s=100.5, submission=submission), request_hash)
+
+
+def ids_of(store: JobStore, *states: JobState) -> list[str]:
+    """All jobs in some states, oldest first."""
+    wanted = JobFilter(states=frozenset(states), oldest_first=True)
+    return [job.id for job in store.page(page_size=1000, wanted=wanted).jobs]
 
 
 def test_job_survives_the_table(store):
@@ -115,7 +127,7 @@ def test_request_id_gives_the_same_job_or_is_refused(store):
 def test_one_of_many_concurrent_creates_wins(store):
     with ThreadPoolExecutor(8) as threads:
         ids = {job.id for job in threads.map(lambda _: make(store, "r"), range(16))}
-    assert len(ids) == 1 and store.unfinished_ids() == list(ids)
+    assert len(ids) == 1 and ids_of(store, JobState.QUEUED) == list(ids)
 
 
 def test_exactly_one_ending_is_written(store):
@@ -163,7 +175,7 @@ def test_pages_show_every_job_once_newest_first(store):
     ids = [make(store).id for _ in range(7)]
     seen, token = [], ""
     while True:
-        page = store.page(page_size=3, page_token=token, states=[])
+        page = store.page(page_size=3, page_token=token)
         seen += [job.id for job in page.jobs]
         token = page.next_page_token
         if len(seen) == 3:
@@ -181,7 +193,7 @@ def test_a_page_of_the_longest_prompts_fits_a_message(store):
     store.finish(ids[60], Ending.failed("INTERNAL", text), 2.0)
     seen, token, sizes = [], "", []
     while not seen or token:
-        page = store.page(page_size=1000, page_token=token, states=[])
+        page = store.page(page_size=1000, page_token=token)
         answer = gateway_pb2.ListJobsResponse(jobs=map(job_to_proto, page.jobs), next_page_token=page.next_page_token)
         sizes.append(answer.ByteSize())
         seen += [job.id for job in page.jobs]
@@ -195,21 +207,22 @@ def test_states_filter_pages_and_bind_their_tokens(store):
     ids = [make(store).id for _ in range(6)]
     for job_id in ids[::2]:
         store.finish(job_id, Ending.cancelled(), 1.0)
-    page = store.page(page_size=2, page_token="", states=[JobState.CANCELLED])
+    cancelled = JobFilter(states=frozenset({JobState.CANCELLED}))
+    page = store.page(page_size=2, page_token="", wanted=cancelled)
     assert [job.id for job in page.jobs] == [ids[4], ids[2]]
-    rest = store.page(page_size=2, page_token=page.next_page_token, states=[JobState.CANCELLED])
+    rest = store.page(page_size=2, page_token=page.next_page_token, wanted=cancelled)
     assert [job.id for job in rest.jobs] == [ids[0]] and rest.next_page_token == ""
     for token in (page.next_page_token, "x", "é", "bnVsbA==", "WzFd"):
         with pytest.raises(InvalidRequest, match="page_token"):
-            store.page(page_size=2, page_token=token, states=[JobState.QUEUED])
+            store.page(page_size=2, page_token=token, wanted=JobFilter(states=frozenset({JobState.QUEUED})))
     _, digest = json.loads(base64.urlsafe_b64decode(page.next_page_token))
     nested = base64.urlsafe_b64encode(b"[" * 200_000).decode()
     forged = [base64.urlsafe_b64encode(json.dumps([seq, digest]).encode()).decode() for seq in (True, 2**63, -1, 0.5)]
     for token in (nested, *forged):
         with pytest.raises(InvalidRequest, match="page_token"):
-            store.page(page_size=2, page_token=token, states=[JobState.CANCELLED])
+            store.page(page_size=2, page_token=token, wanted=cancelled)
     assert store.count_by_state()[JobState.CANCELLED] == 3 and store.count_by_state()[JobState.RUNNING] == 0
-    assert store.unfinished_ids() == ids[1::2]
+    assert ids_of(store, *UNFINISHED) == ids[1::2]
 
 
 def test_delete_is_for_ended_jobs(store):
@@ -311,7 +324,7 @@ def test_progress_is_read_at_once_and_written_once_a_second(store):
         await tracker.advance(job.id, 1, 10)
         assert (await tracker.get(job.id)).progress.done == 1
         assert store.get(job.id).progress == Progress(JobStage.DENOISE, 0, 10), "kept at the stage's begin"
-        assert (await tracker.page(page_size=9, page_token="", states=[])).jobs[0].progress.done == 1
+        assert (await tracker.page(page_size=9)).jobs[0].progress.done == 1
 
     tracked(store, test)
 
@@ -350,8 +363,8 @@ def test_draining_sends_watchers_away(store):
 
 def test_a_full_database_is_said_and_waited_for(tmp_path):
     database = open_database(tmp_path / "jobs.sqlite3")
+    migrate(database)
     with database.connect() as connection:
-        JobStore(database).create_tables()
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
     limits: list[int] = [pages + 4]
 

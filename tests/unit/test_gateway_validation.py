@@ -10,6 +10,7 @@ import pytest
 from ovi.common.v1 import generation_pb2, system_pb2
 from ovi.gateway.v1 import gateway_pb2 as pb
 from services.gateway.images import ImageInfo
+from services.gateway.jobs.domain import Submission
 from services.gateway.models import ModelInfo
 from services.gateway.validation import DEFAULT_AUDIO_NEGATIVE, DEFAULT_VIDEO_NEGATIVE, validate
 from shared.errors import InvalidRequest
@@ -37,7 +38,7 @@ def options(**given: object) -> pb.GenerationParameters:
 
 
 def check(parameters: pb.GenerationParameters, *, request_id: str = "", image: ImageInfo | None = None):
-    return validate(request_id, parameters, MODELS, image)
+    return validate(Submission(request_id=request_id), parameters, MODELS, image, now_s=1000.0)
 
 
 def test_defaults_are_filled_in():
@@ -65,9 +66,9 @@ def test_a_mode_without_a_name_is_refused():
 def test_a_damaged_model_is_named_with_its_file_and_never_the_default():
     damaged = replace(model("720x720_5s", 720, 121), problem="Ovi/model.safetensors: truncated")
     models = {damaged.id: damaged} | MODELS
-    assert validate("", request(), models, None).model == "960x960_5s"
+    assert validate(Submission(), request(), models, None, now_s=1000.0).model == "960x960_5s"
     with pytest.raises(InvalidRequest) as caught:
-        validate("", request(model=damaged.id), models, None)
+        validate(Submission(), request(model=damaged.id), models, None, now_s=1000.0)
     (violation,) = caught.value.violations
     assert violation.field == "parameters.model"
     assert "Ovi/model.safetensors: truncated" in violation.description and "960x960_10s" in violation.description
@@ -203,4 +204,4 @@ def test_picture_too_narrow_for_the_area_is_refused():
 
 def test_no_model_at_all_is_said():
     with pytest.raises(InvalidRequest, match="none: no model can be run"):
-        validate("", request(), {}, None)
+        validate(Submission(), request(), {}, None, now_s=1000.0)

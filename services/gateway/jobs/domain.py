@@ -21,6 +21,7 @@ class JobState(enum.Enum):
     """Where a job is in its life; values are those of the table."""
 
     QUEUED = "queued"
+    PAUSED = "paused"
     RUNNING = "running"
     COMPLETED = "completed"
     FAILED = "failed"
@@ -32,7 +33,10 @@ class JobState(enum.Enum):
         return self not in UNFINISHED
 
 
-UNFINISHED = frozenset({JobState.QUEUED, JobState.RUNNING})
+UNFINISHED = frozenset({JobState.QUEUED, JobState.PAUSED, JobState.RUNNING})
+
+LOWEST_PRIORITY, HIGHEST_PRIORITY = 0, 9
+DEFAULT_PRIORITY = 5
 
 
 class JobStage(enum.Enum):
@@ -127,13 +131,55 @@ class ClipParameters:
 
 
 @dataclass(frozen=True)
+class Submission:
+    """Who asks for a job, and how it is to be treated; what it makes is in its parameters."""
+
+    request_id: str = ""
+    """Chosen by the client: the same one of the same key gives the same job; empty or 1 to 128 of [A-Za-z0-9._-]."""
+    key_id: str = ""
+    """Of the API key that asks; empty where there are no keys."""
+    priority: int = DEFAULT_PRIORITY
+    """0 to 9; higher ones are begun first."""
+    deadline_time_s: float | None = None
+    """Unix seconds until which the work must have begun; None: whenever it is its turn."""
+    batch_id: str = ""
+    """Shared by jobs that were created together; empty for a single one."""
+    label: str = ""
+    """What a client calls the job; jobs can be found by it, and it never becomes a path."""
+    extras: Mapping[str, str] = field(default_factory=dict)
+    """What the API that took the request wants to remember with the job."""
+
+
+@dataclass(frozen=True)
+class Setback:
+    """Why work on a job had to begin again."""
+
+    time_s: float
+    """Unix seconds."""
+    reason: str
+    """What happened, for people."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """When a job that waits or runs is expected to get on. Times are Unix seconds."""
+
+    position: int
+    """Jobs that are begun before it; 0 for the next one and for a running one."""
+    start_time_s: float | None
+    """When its work begins; None: nothing is known yet of how long such jobs take."""
+    end_time_s: float | None
+    """When it ends; None likewise."""
+
+
+@dataclass(frozen=True)
 class Job:
     """A job and all that is known of it. Times are Unix seconds."""
 
     id: str
     parameters: ClipParameters
     create_time_s: float
-    request_id: str = ""
+    submission: Submission = Submission()
     state: JobState = JobState.QUEUED
     progress: Progress = Progress()
     failure: JobFailure | None = None
@@ -144,6 +190,12 @@ class Job:
     """How often its work was begun."""
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds each finished stage took."""
+    setbacks: tuple[Setback, ...] = ()
+    """Why work was begun again, oldest first."""
+    owner: str = ""
+    """Executor id of the gateway that works on it; empty: none does."""
+    estimate: Estimate | None = None
+    """Of a job that waits or runs, where it was asked for."""
 
     def at(self, progress: Progress) -> Job:
         """The same job, further on."""
@@ -185,5 +237,14 @@ class Ending:
 
 def new_job_id() -> str:
     """A fresh id: `job_`, then a ULID (48 bits of milliseconds, 80 random bits, in Crockford's base 32)."""
+    return f"job_{_ulid()}"
+
+
+def new_batch_id() -> str:
+    """A fresh id: `batch_`, then a ULID."""
+    return f"batch_{_ulid()}"
+
+
+def _ulid() -> str:
     number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
-    return "job_" + "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))

@@ -1,76 +1,92 @@
-"""The jobs table's operations. Synchronous and thread-safe; each is one transaction.
+"""The jobs table's operations on single jobs and lists. Synchronous and thread-safe; each is one transaction.
 
-The table lives in the same file as the workflow engine's tables: one backup, one lock, one fsync policy hold for both,
-and a copy of the file can never know a job's outcome without its workflow. Transactions are not shared between the
-two, so every write here is idempotent or a compare-and-set, and the pipeline reconciles the two after a crash.
+The table is the truth about jobs. A running job belongs to one gateway, its owner, and every write of its work is
+refused once it has another: a gateway that was given up for dead and comes back changes nothing.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
-from services.gateway.jobs.domain import UNFINISHED, Ending, Job, JobStage, JobState, Progress
-from services.gateway.jobs.schema import job_of, jobs, metadata, row_of
-from shared.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound
+from services.gateway.auth.caller import no_such_job
+from services.gateway.jobs import admission
+from services.gateway.jobs.admission import Limits, NoLimits
+from services.gateway.jobs.costs import cost_class
+from services.gateway.jobs.domain import UNFINISHED, Ending, Job, JobStage, JobState, Progress, Setback
+from services.gateway.jobs.listing import JobFilter, JobPage, read_page
+from services.gateway.jobs.schema import job_of, jobs, key_usage, row_of
+from services.gateway.jobs.signals import Signal, send
+from shared.errors import AlreadyExists, FailedPrecondition, QuotaExceeded
 
 _UNFINISHED = [state.value for state in UNFINISHED]
-_PAGE_BYTES = 3 << 20
-"""Of a page, about: an answer stays below gRPC's 4 MiB however long the prompts are."""
-_JOB_BYTES = 2048
-"""Most that a job takes on the wire beside the texts of its request."""
-_LARGEST_SEQ = 2**63 - 1
-"""Of a database's integer column."""
-
-
-@dataclass(frozen=True)
-class JobPage:
-    """Some jobs, newest first, and where the next page begins (empty: nowhere)."""
-
-    jobs: tuple[Job, ...]
-    next_page_token: str
+MAX_SETBACKS = 20
+"""Kept of a job, the last ones."""
 
 
 class JobStore:
     """Jobs in a database."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, owner: str = "", limits: Limits | None = None) -> None:
+        """
+        Args:
+            engine: of a database that was migrated.
+            owner: executor id of this gateway; what it works on is owned by this name.
+            limits: of API keys; None: no limits.
+        """
         self._engine = engine
-
-    def create_tables(self) -> None:
-        """Make the table if it is not there."""
-        metadata.create_all(self._engine)
+        self._owner = owner
+        self._limits = limits or NoLimits()
 
     def create(self, job: Job, request_hash: str) -> Job:
-        """Keep a new job; with a request_id seen before, the job kept then.
+        """Keep a new job; with a request_id seen before from the same key, the job kept then.
 
         Raises:
             AlreadyExists: the request_id was used with other parameters.
+            QuotaExceeded: the key has made its jobs of the day.
         """
+        return self.create_all([job], request_hash)[0]
+
+    def create_all(self, new: Sequence[Job], request_hash: str) -> list[Job]:
+        """Keep new jobs of one key, all or none; with request_ids seen before, the jobs kept then.
+
+        Raises:
+            AlreadyExists: a request_id was used with other parameters.
+            QuotaExceeded: the key would have more than its jobs of the day.
+        """
+        rows = [
+            row_of(
+                job,
+                request_hash,
+                rank=admission.rank(job.create_time_s, job.submission.priority),
+                cost_class=cost_class(job.parameters),
+            )
+            for job in new
+        ]
         try:
             with self._engine.begin() as connection:
-                connection.execute(sa.insert(jobs).values(row_of(job, request_hash)))
+                self._use_quota(connection, new)
+                connection.execute(sa.insert(jobs), rows)
+                send(connection, Signal(self._owner, queue=True))
         except sa.exc.IntegrityError:
-            existing = self.find_request(job.request_id, request_hash) if job.request_id else None
-            if existing is None:
+            asked = [job.submission for job in new]
+            existing = [self.find_request(one.request_id, request_hash, one.key_id) for one in asked if one.request_id]
+            kept = [job for job in existing if job is not None]
+            if len(kept) < len(new):
                 raise
-            return existing
-        return job
+            return kept
+        return list(new)
 
-    def find_request(self, request_id: str, request_hash: str) -> Job | None:
-        """The job made for a request_id; None if there is none.
+    def find_request(self, request_id: str, request_hash: str, key_id: str = "") -> Job | None:
+        """The job that a key made for a request_id; None if there is none.
 
         Raises:
             AlreadyExists: it was made with other parameters.
         """
-        row = self._row(jobs.c.request_id == request_id)
+        row = self._row(jobs.c.key_id == key_id, jobs.c.request_id == request_id)
         if row is None:
             return None
         if row["request_hash"] != request_hash:
@@ -87,76 +103,86 @@ class JobStore:
         """
         row = self._row(jobs.c.id == job_id)
         if row is None:
-            raise NotFound(f"there is no job {job_id[:64]!r}; ListJobs shows what there is")
+            raise no_such_job(job_id)
         return job_of(row)
 
-    def page(self, *, page_size: int, page_token: str, states: Collection[JobState]) -> JobPage:
-        """A page of jobs, newest first; no states means all. Jobs with long texts make it shorter than `page_size`.
+    def page(self, *, page_size: int, page_token: str = "", wanted: JobFilter | None = None) -> JobPage:
+        """A page of jobs. Jobs with long texts make it shorter than `page_size`.
 
         Raises:
             InvalidRequest: a page token that is not from this list.
         """
-        names = sorted(state.value for state in states)
-        query = sa.select(jobs).order_by(jobs.c.seq.desc()).limit(page_size + 1)
-        if names:
-            query = query.where(jobs.c.state.in_(names))
-        if page_token:
-            query = query.where(jobs.c.seq < _read_token(page_token, names))
         with self._engine.connect() as connection:
-            rows = connection.execute(query).mappings().all()
-        page = _fitting([job_of(row) for row in rows[:page_size]])
-        token = _make_token(rows[len(page) - 1]["seq"], names) if len(rows) > len(page) else ""
-        return JobPage(tuple(page), token)
+            return read_page(connection, page_size=page_size, page_token=page_token, wanted=wanted or JobFilter())
 
-    def unfinished_ids(self) -> list[str]:
-        """Ids of all queued and running jobs, oldest first."""
-        query = sa.select(jobs.c.id).where(jobs.c.state.in_(_UNFINISHED)).order_by(jobs.c.seq)
-        with self._engine.connect() as connection:
-            return list(connection.execute(query).scalars())
-
-    def count_by_state(self) -> dict[JobState, int]:
-        """Number of jobs in every state."""
+    def count_by_state(self, key_id: str | None = None) -> dict[JobState, int]:
+        """Number of jobs in every state, of one key or of all."""
         query = sa.select(jobs.c.state, sa.func.count().label("number")).group_by(jobs.c.state)
+        if key_id is not None:
+            query = query.where(jobs.c.key_id == key_id)
         with self._engine.connect() as connection:
             counts: dict[str, int] = {row.state: row.number for row in connection.execute(query)}
         return {state: counts.get(state.value, 0) for state in JobState}
 
-    def begin(self, job_id: str, now_s: float) -> Job | None:
-        """Count one more attempt and set RUNNING, nothing done yet; None if the job has ended or is gone."""
-        return self._change(
-            job_id,
-            state=JobState.RUNNING.value,
-            attempts=jobs.c.attempts + 1,
-            **_columns(Progress()),
-            start_time_s=sa.func.coalesce(jobs.c.start_time_s, now_s),
-        )
+    def begin(self, job_id: str, now_s: float, setback: str = "") -> Job | None:
+        """Count one more attempt of a job of this gateway and set RUNNING, nothing done yet.
+
+        Args:
+            job_id: of the job.
+            now_s: Unix seconds.
+            setback: why it begins again; kept in the job.
+
+        Returns:
+            None if the job has ended, is gone, or is not this gateway's.
+        """
+        values: dict[str, Any] = {
+            "state": JobState.RUNNING.value,
+            "attempts": jobs.c.attempts + 1,
+            "start_time_s": sa.func.coalesce(jobs.c.start_time_s, now_s),
+            **columns_of(Progress()),
+        }
+        with self._engine.begin() as connection:
+            if setback:
+                noted = connection.execute(sa.select(jobs.c.setbacks).where(jobs.c.id == job_id)).scalar_one_or_none()
+                values["setbacks"] = with_setback(noted or [], Setback(now_s, setback))
+            return change(connection, self._owner, job_id, self._mine, values)
 
     def save(self, job_id: str, progress: Progress, stage_seconds: Mapping[str, float]) -> Job | None:
-        """Keep how far an unfinished job is and how long its finished stages took; None if it has ended or is gone."""
-        return self._change(job_id, **_columns(progress), stage_seconds=dict(stage_seconds))
+        """Keep how far a job of this gateway is and how long its finished stages took; None as from `begin`."""
+        values = columns_of(progress) | {"stage_seconds": dict(stage_seconds)}
+        with self._engine.begin() as connection:
+            return change(connection, self._owner, job_id, self._mine, values, told=progress)
 
-    def finish(self, job_id: str, ending: Ending, now_s: float, progress: Progress | None = None) -> Job | None:
+    def signal(self, job_id: str, progress: Progress) -> None:
+        """Tell other replicas how far a job of this gateway is, without keeping it."""
+        with self._engine.begin() as connection:
+            send(connection, Signal(self._owner, job_id, progress))
+
+    def finish(
+        self, job_id: str, ending: Ending, now_s: float, progress: Progress | None = None, num_bytes: int = 0
+    ) -> Job | None:
         """Write the terminal state, unless there is one already: the first stands.
+
+        Any gateway may write that a job is cancelled; other endings are the owner's to write.
 
         Args:
             job_id: of the job.
             ending: the state and what belongs to it.
             now_s: Unix seconds.
             progress: how far a job that is not completed came; as kept before, if None.
+            num_bytes: of all its files.
 
         Returns:
-            The ended job, or None if this write came too late or the job is gone.
+            The ended job, or None if this write came too late, or the job is gone or another gateway's.
         """
-        values: dict[str, Any] = {"state": ending.state.value, "end_time_s": now_s}
+        values: dict[str, Any] = {"end_time_s": now_s, "num_bytes": num_bytes, **ending_columns(ending)}
         if ending.video is not None:
             progress = Progress(JobStage.DONE)
         if progress is not None:
-            values |= _columns(progress)
-        if ending.failure is not None:
-            values |= {"error_code": ending.failure.code, "error_message": ending.failure.message}
-        if ending.video is not None:
-            values["video"] = ending.video.to_json()
-        return self._change(job_id, **values)
+            values |= columns_of(progress)
+        whose = sa.true() if ending.state is JobState.CANCELLED else self._mine
+        with self._engine.begin() as connection:
+            return change(connection, self._owner, job_id, whose, values)
 
     def delete(self, job_id: str) -> None:
         """Forget an ended job. Deleting it again is no error.
@@ -170,50 +196,87 @@ class JobStore:
         if not gone and (row := self._row(jobs.c.id == job_id)) is not None:
             raise FailedPrecondition(f"{job_id} is {row['state']}; cancel it before deleting it")
 
-    def _change(self, job_id: str, **values: Any) -> Job | None:
-        """Compare-and-set: changes the row only while the job has not ended."""
-        statement = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(_UNFINISHED)).values(values)
-        with self._engine.begin() as connection:
-            row = connection.execute(statement.returning(*jobs.c)).mappings().one_or_none()
-        return job_of(row) if row is not None else None
+    @property
+    def _mine(self) -> sa.ColumnElement[bool]:
+        return jobs.c.owner == self._owner
 
-    def _row(self, condition: sa.ColumnElement[bool]) -> sa.RowMapping | None:
+    def _row(self, *conditions: sa.ColumnElement[bool]) -> sa.RowMapping | None:
         with self._engine.connect() as connection:
-            return connection.execute(sa.select(jobs).where(condition)).mappings().one_or_none()
+            return connection.execute(sa.select(jobs).where(*conditions)).mappings().one_or_none()
+
+    def _use_quota(self, connection: sa.Connection, new: Sequence[Job]) -> None:
+        """Count new jobs of a key.
+
+        Raises:
+            QuotaExceeded: there would be more than the key may make in a day.
+        """
+        key_id, now_s = new[0].submission.key_id, new[0].create_time_s
+        if not key_id:
+            return
+        day = admission.day_of(now_s)
+        upsert(connection, key_id)
+        same_day = sa.case((key_usage.c.day == day, key_usage.c.created), else_=0)
+        created = connection.execute(
+            sa.update(key_usage)
+            .where(key_usage.c.key_id == key_id)
+            .values(created=same_day + len(new), day=day)
+            .returning(key_usage.c.created)
+        ).scalar_one()
+        most = self._limits.of(key_id).max_daily_jobs
+        if most is not None and created > most:
+            wait_s = admission.seconds_to_next_day(now_s)
+            what = f"got {len(new)} more jobs after {created - len(new)}, allowed is {most} a day with this API key"
+            raise QuotaExceeded(f"{what}; the next day (UTC) begins in {wait_s:.0f} s", f"key:{key_id}", wait_s)
 
 
-def _fitting(listed: list[Job]) -> list[Job]:
-    """As many of the first jobs as an answer can hold, at least one."""
-    total = 0
-    for number, job in enumerate(listed):
-        wanted, failure = job.parameters, job.failure
-        texts = [wanted.prompt, wanted.video_negative_prompt, wanted.audio_negative_prompt]
-        if failure is not None:
-            texts.append(failure.message)
-        total += _JOB_BYTES + sum(len(text.encode()) for text in texts)
-        if number and total > _PAGE_BYTES:
-            return listed[:number]
-    return listed
+def upsert(connection: sa.Connection, key_id: str) -> None:
+    """Make the row of a key's use if it is not there."""
+    values = {"key_id": key_id, "day": 0, "created": 0, "served_time_s": 0.0}
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    connection.execute(insert(key_usage).values(values).on_conflict_do_nothing())
 
 
-def _columns(progress: Progress) -> dict[str, Any]:
+def change(
+    connection: sa.Connection,
+    sender: str,
+    job_id: str,
+    whose: sa.ColumnElement[bool],
+    values: Mapping[str, Any],
+    told: Progress | None = None,
+) -> Job | None:
+    """Compare-and-set: changes the row only while the job has not ended and `whose` holds; other replicas are told.
+
+    Returns:
+        The job after the change; None if nothing was changed.
+    """
+    statement = (
+        sa.update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.state.in_(_UNFINISHED), whose)
+        .values(dict(values))
+        .returning(*jobs.c)
+    )
+    row = connection.execute(statement).mappings().one_or_none()
+    if row is None:
+        return None
+    send(connection, Signal(sender, job_id, told))
+    return job_of(row)
+
+
+def columns_of(progress: Progress) -> dict[str, Any]:
+    """The columns of how far a job is."""
     return {"stage": progress.stage.value, "done": progress.done, "total": progress.total}
 
 
-def _make_token(seq: int, states: list[str]) -> str:
-    return base64.urlsafe_b64encode(json.dumps([seq, _digest(states)]).encode()).decode()
+def ending_columns(ending: Ending) -> dict[str, Any]:
+    """The columns of how a job ended, its time apart."""
+    values: dict[str, Any] = {"state": ending.state.value, "owner": ""}
+    if ending.failure is not None:
+        values |= {"error_code": ending.failure.code, "error_message": ending.failure.message}
+    if ending.video is not None:
+        values["video"] = ending.video.to_json()
+    return values
 
 
-def _read_token(token: str, states: list[str]) -> int:
-    try:
-        seq, digest = json.loads(base64.urlsafe_b64decode(token.encode("ascii")))
-        if type(seq) is int and 0 < seq <= _LARGEST_SEQ and digest == _digest(states):
-            return seq
-    except (ValueError, TypeError, RecursionError, binascii.Error):
-        pass
-    what = f"got {token[:64]!r}, allowed is next_page_token of an answer with the same states, or nothing"
-    raise InvalidRequest.of("page_token", what)
-
-
-def _digest(states: list[str]) -> str:
-    return hashlib.sha256(",".join(states).encode()).hexdigest()[:8]
+def with_setback(noted: Sequence[Any], setback: Setback) -> list[Any]:
+    """The column of setbacks with one more."""
+    return [*noted, [setback.time_s, setback.reason[:1000]]][-MAX_SETBACKS:]

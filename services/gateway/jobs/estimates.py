@@ -1,0 +1,100 @@
+"""Positions and times of jobs that wait or run, from a snapshot of the queue that is at most some seconds old."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from services.gateway.jobs import admission
+from services.gateway.jobs.admission import QueueSnapshot
+from services.gateway.jobs.costs import CostModel, Load, estimate
+from services.gateway.jobs.domain import Job, JobState
+from services.gateway.jobs.queue import JobQueue
+from services.gateway.jobs.tracker import JobTracker
+
+_FRESH_S = 1.0
+_LARGEST_SHARE = 0.05
+"""Of the time that is spent on reading the queue: a long one is read less often."""
+_LEARNED_FROM = 500
+"""Last completed jobs that are read at once."""
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """The queue as a whole."""
+
+    queued: int
+    running: int
+    wait_s: float | None
+    """Until a job that is created now is begun; None: nothing is known yet of how long jobs take."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    snapshot: QueueSnapshot
+    load: Load
+    time_s: float
+    took_s: float
+
+
+class Estimator:
+    """Estimates of one gateway; all gateways on a database come to about the same."""
+
+    def __init__(self, queue: JobQueue, tracker: JobTracker, lanes: int) -> None:
+        """
+        Args:
+            queue: is looked at.
+            tracker: runs what asks the database.
+            lanes: jobs that the slowest stage works on at once.
+        """
+        self._queue = queue
+        self._tracker = tracker
+        self._lanes = lanes
+        self._model = CostModel()
+        self._learned_until_s = 0.0
+        self._looking = asyncio.Lock()
+        self._last: _Look | None = None
+
+    async def fill(self, jobs: Iterable[Job]) -> list[Job]:
+        """The same jobs, with an estimate in those that wait or run."""
+        listed = list(jobs)
+        if not any(job.state in (JobState.QUEUED, JobState.RUNNING) for job in listed):
+            return listed
+        look = await self._look()
+        return [self._filled(job, look) for job in listed]
+
+    async def stats(self) -> QueueStats:
+        """The queue now, or some seconds ago."""
+        look = await self._look()
+        mean_s = self._model.mean_bottleneck_s(look.load.num_by_class) if look.snapshot.total else 0.0
+        wait_s = mean_s * look.snapshot.total / self._lanes if mean_s is not None else None
+        return QueueStats(look.snapshot.total, len(look.load.running), wait_s)
+
+    def _filled(self, job: Job, look: _Look) -> Job:
+        if job.state not in (JobState.QUEUED, JobState.RUNNING):
+            return job
+        asked = job.submission
+        position = 0
+        if job.state is JobState.QUEUED:
+            rank = admission.rank(job.create_time_s, asked.priority)
+            position = look.snapshot.position(asked.key_id, rank, asked.priority)
+        return replace(job, estimate=estimate(job, position, look.load, self._model, time.time()))
+
+    async def _look(self) -> _Look:
+        async with self._looking:
+            last, now_s = self._last, time.monotonic()
+            if last is None or now_s - last.time_s > max(_FRESH_S, last.took_s / _LARGEST_SHARE):
+                last = self._last = await self._tracker.in_thread(self._read)
+            return last
+
+    def _read(self) -> _Look:
+        begun_s = time.monotonic()
+        for cost_class, stage_seconds, end_time_s in self._queue.completed_since(self._learned_until_s, _LEARNED_FROM):
+            self._model.learn(cost_class, stage_seconds)
+            self._learned_until_s = end_time_s
+        snapshot = self._queue.snapshot()
+        load = Load(tuple(self._queue.running()), snapshot.num_by_class, self._lanes)
+        ended_s = time.monotonic()
+        return _Look(snapshot, load, ended_s, ended_s - begun_s)

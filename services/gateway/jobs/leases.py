@@ -1,0 +1,70 @@
+"""That a gateway is alive, as the others see it: a row with a time, by the database's clock.
+
+A gateway takes up work only while its lease lasts, and stops all work when it could not renew it in time: another one
+may have been given its jobs. On SQLite no leases are needed: the lock of the data folder says that all others are gone.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import sqlalchemy as sa
+
+from services.gateway.jobs.schema import leases
+
+LEASE_S = 20.0
+RENEW_S = LEASE_S / 3
+_MARGIN_S = 3.0
+"""Before its end a lease counts as lost on this side: stopping takes a moment."""
+_FORGET_S = 3600.0
+
+
+def database_now(connection: sa.Connection) -> sa.ColumnElement[Any]:
+    """Unix seconds by the database's clock, as an expression."""
+    if connection.dialect.name == "postgresql":
+        return sa.func.extract("epoch", sa.func.clock_timestamp())
+    return sa.literal_column("(julianday('now') - 2440587.5) * 86400.0")
+
+
+class Lease:
+    """The lease of one gateway. Synchronous; `valid` may be asked from anywhere."""
+
+    def __init__(self, engine: sa.Engine, executor_id: str) -> None:
+        self._engine = engine
+        self._executor_id = executor_id
+        self._until_s = float("-inf")
+
+    def renew(self) -> None:
+        """Take or prolong it; leases that ended long ago are forgotten.
+
+        Raises:
+            sqlalchemy.exc.DatabaseError: the database cannot be reached.
+        """
+        asked_s = time.monotonic()
+        with self._engine.begin() as connection:
+            now = database_now(connection)
+            mine = leases.c.executor_id == self._executor_id
+            if not connection.execute(sa.update(leases).where(mine).values(until_s=now + LEASE_S)).rowcount:
+                row = {"executor_id": self._executor_id, "until_s": now + LEASE_S}
+                connection.execute(sa.insert(leases).values(row))
+            connection.execute(sa.delete(leases).where(leases.c.until_s < now - _FORGET_S))
+        # Counted from before the question: the database's time began later, so it ends later.
+        self._until_s = asked_s + LEASE_S
+
+    def live(self) -> set[str]:
+        """Executor ids of all gateways whose lease lasts."""
+        with self._engine.connect() as connection:
+            query = sa.select(leases.c.executor_id).where(leases.c.until_s > database_now(connection))
+            return set(connection.execute(query).scalars())
+
+    def end(self) -> None:
+        """Give it up: others may take this gateway's jobs at once."""
+        self._until_s = float("-inf")
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(leases).where(leases.c.executor_id == self._executor_id))
+
+    @property
+    def valid(self) -> bool:
+        """Whether nobody can have taken this gateway's jobs away; the clock of a stopped process goes on."""
+        return time.monotonic() < self._until_s - _MARGIN_S

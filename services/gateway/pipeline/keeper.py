@@ -1,0 +1,140 @@
+"""Keeps this gateway's part of the queue in order: its lease, jobs of gateways that are gone, deadlines, strays."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from services.gateway.disk import DatabaseAway
+from services.gateway.jobs.leases import RENEW_S, Lease
+from services.gateway.jobs.queue import JobQueue
+from services.gateway.jobs.signals import Signal
+from services.gateway.jobs.tracker import JobTracker
+from services.gateway.pipeline.pipeline import Pipeline
+from services.gateway.pipeline.workflows import Workflows
+from shared.errors import DiskFull
+from shared.logging import get_logger
+
+log = get_logger(__name__)
+
+_LOOK_S = 1.0
+_GUARD_S = 0.5
+_TIDY_S = 60.0
+
+
+class Keeper:
+    """Runs beside the pipeline. Without a lease this gateway is the only one, as the lock of its data folder says."""
+
+    def __init__(
+        self, queue: JobQueue, tracker: JobTracker, pipeline: Pipeline, workflows: Workflows, lease: Lease | None
+    ) -> None:
+        self._queue = queue
+        self._tracker = tracker
+        self._pipeline = pipeline
+        self._workflows = workflows
+        self._lease = lease
+        self._tasks: list[asyncio.Task[None]] = []
+        self._unattended: set[str] = set()
+        """Jobs that were this gateway's at the last look, but without anything that works on them."""
+
+    async def start(self) -> None:
+        """Take the lease, free the jobs of gateways that are gone, and go on doing so.
+
+        Raises:
+            DatabaseAway: the database cannot be reached.
+        """
+        if self._lease is not None:
+            await self._tracker.in_thread(self._lease.renew)
+            self._tasks.append(asyncio.create_task(self._renew(self._lease)))
+            self._tasks.append(asyncio.create_task(self._guard(self._lease)))
+        await self._take_from_lost()
+        self._tasks.append(asyncio.create_task(self._every(_LOOK_S, self._look)))
+        self._tasks.append(asyncio.create_task(self._every(_TIDY_S, self._tidy)))
+
+    async def hear(self, signal: Signal) -> None:
+        """Another replica says that something has changed."""
+        if signal.queue:
+            self._pipeline.wake()
+        if signal.job_id in self._pipeline.claimed:
+            await self._drop_strays()
+        await self._tracker.hear(signal)
+
+    async def stop(self) -> None:
+        """End; the lease goes last, when the pipeline has let go of its jobs."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def end_lease(self) -> None:
+        """Say that this gateway is gone."""
+        if self._lease is not None:
+            try:
+                await self._tracker.in_thread(self._lease.end)
+            except DatabaseAway as error:
+                log.warning("the lease was left to end by itself", reason=error.message)
+
+    async def _every(self, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await work()
+            except (DatabaseAway, DiskFull) as error:
+                log.error("the queue could not be looked after", reason=error.message)
+
+    async def _renew(self, lease: Lease) -> None:
+        while True:
+            try:
+                await self._tracker.in_thread(lease.renew)
+                pause_s = RENEW_S
+            except (DatabaseAway, DiskFull) as error:
+                log.error("the lease was not renewed", reason=error.message)
+                pause_s = _LOOK_S
+            await asyncio.sleep(pause_s)
+
+    async def _guard(self, lease: Lease) -> None:
+        """Stop all work as soon as others may have been given it; asks nobody, so nothing can hold it up."""
+        while True:
+            await asyncio.sleep(_GUARD_S)
+            if not lease.valid and self._pipeline.claimed:
+                log.error("the lease has ended; all work stops", jobs=sorted(self._pipeline.claimed))
+                await self._pipeline.stop(self._pipeline.claimed)
+
+    async def _look(self) -> None:
+        await self._drop_strays()
+        await self._free_unattended()
+        await self._take_from_lost()
+        if await self._tracker.in_thread(self._queue.expire, time.time()):
+            self._pipeline.wake()
+        await self._tracker.reread(self._tracker.watched_elsewhere)
+
+    async def _drop_strays(self) -> None:
+        strays = await self._tracker.in_thread(self._queue.strays, self._pipeline.claimed)
+        # A job whose end was written here meanwhile is no stray.
+        if strays := strays & self._pipeline.claimed:
+            await self._pipeline.drop(strays)
+
+    async def _free_unattended(self) -> None:
+        """Let go of this gateway's jobs that nothing works on: their start failed, or they were stopped."""
+        owned = {job.id for job in await self._tracker.in_thread(self._queue.owned)}
+        unattended = owned - self._pipeline.claimed
+        if twice := unattended & self._unattended:
+            log.warning("jobs were taken but nothing works on them", jobs=sorted(twice))
+            await self._tracker.in_thread(self._queue.release, sorted(twice))
+            self._pipeline.wake()
+        self._unattended = unattended
+
+    async def _take_from_lost(self) -> None:
+        freed, failed = await self._tracker.in_thread(self._queue.take_from_lost, time.time())
+        for job in failed:
+            log.error("job was given up", job_id=job.id, reason=job.failure.message if job.failure else "")
+            await self._tracker.changed(job)
+        if freed:
+            self._pipeline.wake()
+
+    async def _tidy(self) -> None:
+        if self._lease is not None:
+            live = await self._tracker.in_thread(self._lease.live)
+            await self._workflows.forget_executors(live)
