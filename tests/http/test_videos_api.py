@@ -75,7 +75,7 @@ def test_a_picture_as_a_file_part(client, stages, kind):
 
 def test_a_picture_as_a_data_url_in_brackets_and_in_json(client, http, stages):
     url = "data:image/png;base64," + base64.b64encode(picture(32, 128)).decode()
-    video = made(client, input_reference={"image_url": url})
+    video = made(client, extra_body={"input_reference": {"image_url": url}})
     assert video.size == "32x128"
     answer = http.post("/v1/videos", json={"prompt": "x", "input_reference": {"image_url": url}, "seconds": 5})
     assert answer.status_code == 200 and answer.json()["size"] == "32x128"
@@ -84,7 +84,7 @@ def test_a_picture_as_a_data_url_in_brackets_and_in_json(client, http, stages):
 
 def test_a_picture_by_its_upload_id(client, gateway):
     kept = gateway.upload(picture(64, 64))
-    assert made(client, input_reference={"file_id": kept.image_id}).size == "64x64"
+    assert made(client, extra_body={"input_reference": {"file_id": kept.image_id}}).size == "64x64"
 
 
 def test_list_pages_in_both_orders(client):
@@ -166,6 +166,10 @@ def test_remix_keeps_all_but_the_prompt(client, stages):
     assert (options.seed, options.num_inference_steps) == (77, 2)
 
 
+def referring(**reference: str) -> dict[str, object]:
+    return {"extra_body": {"input_reference": reference}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [
@@ -184,15 +188,25 @@ def test_remix_keeps_all_but_the_prompt(client, stages):
         ({"extra_body": {"priority": 10}}, "priority", "0 to 9"),
         ({"extra_body": {"nonsense": 1}}, "nonsense", "unknown"),
         ({"input_reference": ("a.png", b"GIF89a")}, "input_reference", "PNG, JPEG and WebP"),
-        ({"input_reference": {"image_url": "https://example.com/a.png"}}, "input_reference[image_url]", "not fetched"),
-        ({"input_reference": {"image_url": "data:image/png;base64,@@"}}, "input_reference[image_url]", "base64"),
-        ({"input_reference": {"file_id": "../../etc/passwd"}}, "input_reference", "UploadImage"),
+        (
+            {"extra_body": {"input_reference": {"image_url": "https://example.com/a.png"}}},
+            "input_reference[image_url]",
+            "not fetched",
+        ),
+        (
+            {"extra_body": {"input_reference": {"image_url": "data:image/png;base64,@@"}}},
+            "input_reference[image_url]",
+            "damaged",
+        ),
+        (referring(file_id="../../etc/passwd"), "input_reference", "UploadImage"),
     ],
 )
 def test_bad_input_is_refused_once_with_the_field(gateway, fields, param, said):
-    with openai.OpenAI(api_key="any", base_url=f"{gateway.http_url}/v1", max_retries=2, timeout=60) as client:
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.videos.create(**({"prompt": "a bell"} | fields))
+    with (
+        openai.OpenAI(api_key="any", base_url=f"{gateway.http_url}/v1", max_retries=2, timeout=60) as client,
+        pytest.raises(openai.BadRequestError) as refused,
+    ):
+        client.videos.create(**({"prompt": "a bell"} | fields))
     error = refused.value
     assert error.param == param and said in error.message and error.type == "invalid_request_error" and error.code
     assert error.response.headers["x-should-retry"] == "false" and error.request_id
@@ -260,6 +274,8 @@ def test_bodies_that_are_none(http: httpx.Client):
 def test_a_body_over_the_limit_is_refused(http: httpx.Client):
     answer = http.post("/v1/videos", content=bytes(49 << 20), headers={"content-type": "application/json"})
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+    chunked = http.post("/v1/images", content=(bytes(1 << 20) for _ in range(49)))
+    assert chunked.status_code == 413 and chunked.json()["error"]["message"]
 
 
 def test_busy_and_draining_are_told_to_come_again(client, stages: ScriptedStages, http):

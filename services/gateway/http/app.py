@@ -16,10 +16,13 @@ from services.gateway.auth.caller import LOCAL, acting_as
 from services.gateway.auth.gate import Gate
 from services.gateway.auth.http_gate import HttpGate
 from services.gateway.http.backend import Backend
+from services.gateway.http.body_limit import BodyLimit
 from services.gateway.http.clips import ClipAnswers
 from services.gateway.http.errors import add_error_handlers, answer, failure_of
+from services.gateway.http.jobs_api.batches import BatchRequest, batches_router
 from services.gateway.http.jobs_api.jobs import jobs_router
 from services.gateway.http.jobs_api.stock import stock_router
+from services.gateway.http.openapi import add_models
 from services.gateway.http.options import HttpOptions
 from services.gateway.http.probes import probes_router
 from services.gateway.http.request_scope import RequestScope
@@ -67,13 +70,15 @@ class HttpApp:
             (
                 probes_router(backend),
                 jobs_router(backend, clips, self._webhooks),
+                batches_router(backend),
                 stock_router(backend),
                 videos_router(backend, clips),
                 studio_router(backend, studio, clips),
             ),
         )
+        families = socketio.ASGIApp(self._sockets.server, BodyLimit(routes, options.max_body_bytes))
         # The gate stands around all families, and inside of the request's id.
-        guarded = HttpGate(socketio.ASGIApp(self._sockets.server, routes), gate, _refusal)
+        guarded = HttpGate(families, gate, _refusal)
         self.asgi: ASGIApp = RequestScope(guarded)
         self._telling: asyncio.Task[None] | None = None
 
@@ -112,6 +117,7 @@ def _routes(options: HttpOptions, routers: Sequence[APIRouter]) -> FastAPI:
     add_error_handlers(app)
     for router in routers:
         app.include_router(router)
+    add_models(app, BatchRequest)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,

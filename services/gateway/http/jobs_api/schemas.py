@@ -43,6 +43,15 @@ Characters = Annotated[str, AfterValidator(_encodable)]
 Text = Annotated[Characters, Field(max_length=4 * _MAX_TEXT)]
 Side = Annotated[int, Field(ge=1, le=_MAX_UINT32)]
 Guidance = Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)]
+Prompt = Annotated[
+    Characters,
+    Field(
+        min_length=1,
+        max_length=4 * _MAX_TEXT,
+        description="Up to 5000 characters. Speech between <S> and <E>, sound after `Audio:`.",
+        examples=["A bell in the fog. Audio: a deep bell, far away"],
+    ),
+]
 Priority = Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY, description="Higher ones are begun first.")]
 
 
@@ -72,6 +81,10 @@ class ClipRequest(BaseModel):
     step_cache_threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="LOSSY; 0: off.")
     vram_mode: VramMode | None = Field(None, description="How device memory is used; as the services do at present.")
 
+    def template_fields(self) -> set[str]:
+        """Those of this class that were given."""
+        return self.model_fields_set & ClipRequest.model_fields.keys()
+
     def to_proto(self, prompt: str) -> pb.GenerationParameters:
         """The engine's form."""
         wanted = pb.GenerationParameters(prompt=prompt, model=self.model, image_id=self.image_id)
@@ -91,10 +104,7 @@ class ClipRequest(BaseModel):
 class JobRequest(ClipRequest):
     """A job to be made."""
 
-    prompt: Annotated[Characters, Field(min_length=1, max_length=4 * _MAX_TEXT)] = Field(
-        description="Up to 5000 characters. Speech between <S> and <E>, sound after `Audio:`.",
-        examples=["A bell in the fog. Audio: a deep bell, far away"],
-    )
+    prompt: Prompt
     image: Characters | None = Field(None, description="First picture as a data URL, instead of an image_id.")
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,128}$")] = Field(
         "", description="The same one gives the same job; so does an Idempotency-Key."
@@ -215,6 +225,13 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelView]
+
+
+class QueueView(BaseModel):
+    """The queue as a whole."""
+
+    num_jobs: dict[JobState, int] = Field(description="By state.")
+    wait_s: float | None = Field(description="Until a job that is created now is begun; null: not known yet.")
 
 
 class ImageView(BaseModel):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.datastructures import UploadFile
 
 from services.gateway.http.backend import Backend
-from services.gateway.http.jobs_api.schemas import ImageView, ModelList, model_view
+from services.gateway.http.jobs_api.schemas import ImageView, ModelList, QueueView, model_view
 from services.gateway.http.openapi import ERRORS
 from services.gateway.http.uploads import keep_picture
 from shared.errors import InvalidRequest
@@ -36,6 +38,12 @@ def stock_router(backend: Backend) -> APIRouter:
     async def list_models() -> ModelList:
         """The variants that can be made; the first is the default."""
         return ModelList(data=[model_view(model) for model in await backend.engine.models()])
+
+    @router.get("/queue", tags=["Jobs"])
+    async def queue() -> QueueView:
+        """How many jobs there are, and how long a new one would wait."""
+        counts, stats = await asyncio.gather(backend.engine.count_by_state(), backend.engine.stats())
+        return QueueView(num_jobs=counts, wait_s=stats.wait_s)
 
     @router.post("/images", status_code=201, tags=["Images"], openapi_extra=_UPLOAD)
     async def upload_image(request: Request) -> ImageView:

@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse
 from services.gateway.http.backend import Backend
 from services.gateway.http.bodies import json_object
 from services.gateway.http.clips import ClipAnswers
-from services.gateway.http.openapi import MP4, STUDIO_ERRORS, body_of
+from services.gateway.http.openapi import MP4, STUDIO_ERRORS, body_of, ref_to
 from services.gateway.http.studio_api.objects import (
     GenerationJob,
     Removed,
@@ -43,7 +43,7 @@ def studio_router(backend: Backend, studio: StudioService, clips: ClipAnswers) -
             total_jobs=sum(counts.values()),
         )
 
-    @router.post("/generate", openapi_extra=body_of(GenerationJob.model_json_schema(), "application/json"))
+    @router.post("/generate", openapi_extra=body_of(ref_to(GenerationJob), "application/json"))
     async def generate(request: Request) -> Submitted:
         """Queue a job. The same one again is the same job."""
         job = await studio.submit(await json_object(request))

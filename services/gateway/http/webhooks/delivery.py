@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import sqlalchemy as sa
 
+from services.gateway.auth.caller import LOCAL, acting_as
 from services.gateway.engine import GatewayEngine
 from services.gateway.http.webhooks.signing import signed_headers
 from services.gateway.http.webhooks.store import Webhook, WebhookStore
@@ -105,7 +106,8 @@ class WebhookDelivery:
 
     async def _deliver(self, webhook: Webhook) -> None:
         try:
-            job = await self._engine.get(webhook.job_id)
+            with acting_as(LOCAL):
+                job = await self._engine.get(webhook.job_id)
             problem, final = await self._call(webhook, job)
         except NotFound:
             return
