@@ -51,18 +51,6 @@ class Buckets:
         if per_minute:
             self._buckets[name].tokens -= 1
 
-    def require(self, name: str, per_minute: int) -> None:
-        """The same without counting.
-
-        Raises:
-            RateLimited: it is empty.
-        """
-        wait_s = self._wait_s(name, per_minute)
-        if wait_s > 0:
-            raise RateLimited(
-                f"more than {per_minute} {self._what} a minute; try again in {math.ceil(wait_s)} s", wait_s
-            )
-
     def _wait_s(self, name: str, per_minute: int) -> float:
         if not per_minute:
             return 0.0

@@ -26,7 +26,8 @@ from shared.logging import get_logger
 
 log = get_logger(__name__)
 
-_FAILURES_PER_MINUTE = 30
+_FAILURES_PER_MINUTE = 60
+"""Of one address; good keys from there stay good."""
 _KNOWN_FOR_S = 2.0
 """How long a key that was looked up is taken to be as it was: within this time a revoked one ends."""
 _MAX_KNOWN = 10_000
@@ -89,7 +90,6 @@ class Gate:
         self._address_calls.take(where, self.options.address_requests_per_minute)
         if not credentials:
             raise Unauthenticated(f"this gateway asks for an API key: {_HOW}")
-        self._failures.require(where, _FAILURES_PER_MINUTE)
         caller = await self._caller_of(credentials)
         if caller is None:
             self._failures.take(where, _FAILURES_PER_MINUTE)
