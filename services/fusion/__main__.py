@@ -28,7 +28,6 @@ from shared.memory.modes import WeightFormat
 from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.service_main import StageOptions, refusing_bad_checkpoints, run_service, stage_options, stage_parser
 from shared.system_service import system_service
-from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import TensorResolver
 from shared.variants import VARIANTS
@@ -42,8 +41,8 @@ async def run(options: FusionOptions) -> None:
     engine = _make_engine(options)
     worker = DeviceWorker("fusion", max_pending=stage.max_pending, device=stage.device)
     store = TensorStore(lease_s=stage.lease_s, max_bytes=stage.tensor_store_bytes)
-    tensors = TensorServer(store, host=stage.listen.host, port=stage.data_port, advertise_host=stage.advertise_host)
-    resolver = TensorResolver.over_grpc(stage.producer_hosts)
+    tensors = stage.tensor_server(store)
+    resolver = TensorResolver.over_grpc(stage.producer_hosts, stage.listen.tls)
     servicer = FusionServicer(engine, worker, resolver, tensors, options)
     watcher = DeviceWatcher(own_devices(Devices()))
     services = [
