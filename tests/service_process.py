@@ -17,9 +17,12 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-START_TIMEOUT_S = 90.0
+from tests.warm_start import AVAILABLE, WarmProcess, start_warm
+
+START_TIMEOUT_S = 150.0
 WATCH_S = 5.0
 """Of one watch; after each the process is looked at."""
+_ROOT = Path(__file__).parents[1]
 
 
 def free_port() -> int:
@@ -32,13 +35,17 @@ def free_port() -> int:
 class ServiceProcess:
     """A running `python -m services.<name>` and its log lines so far."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | WarmProcess
     address: str = ""
+    credentials: grpc.ChannelCredentials | None = None
+    """How its control port is connected to; None: plain text."""
     log: list[dict[str, object]] = field(default_factory=list)
 
     def channel(self) -> grpc.Channel:
         """A channel to the control port."""
-        return grpc.insecure_channel(self.address)
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address)
+        return grpc.secure_channel(self.address, self.credentials)
 
     def wait_serving(self) -> None:
         """Return when health says SERVING; health streams its changes, so nothing is polled.
@@ -65,9 +72,17 @@ class ServiceProcess:
 
 @contextlib.contextmanager
 def running_service(
-    name: str, *flags: str, serving: bool = True, ranks: int = 1, port: int = 0, module: str = ""
+    name: str,
+    *flags: str,
+    serving: bool = True,
+    ranks: int = 1,
+    port: int = 0,
+    module: str = "",
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> Iterator[ServiceProcess]:
     """Start a service on a loopback port; yields it when it listens (and serves, unless told not to).
+
+    A single process begins warm, where that is possible; torchrun starts ranks from nothing.
 
     Args:
         name: of the package below `services`.
@@ -76,14 +91,10 @@ def running_service(
         ranks: processes of the service, started by torchrun if more than one.
         port: 0 picks a free one.
         module: what is run, if not the package itself.
+        credentials: of a service with TLS.
     """
-    module = module or f"services.{name}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "5"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", module, "--port", str(port), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=root)
-    service = ServiceProcess(process)
+    process = _start(module or f"services.{name}", ["--port", str(port), *flags], ranks)
+    service = ServiceProcess(process, credentials=credentials)
     listening = threading.Event()
 
     def read_log() -> None:
@@ -112,3 +123,12 @@ def running_service(
             process.kill()
             process.wait()
         reader.join(10)
+
+
+def _start(module: str, arguments: list[str], ranks: int) -> subprocess.Popen[str] | WarmProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if ranks == 1 and AVAILABLE:
+        return start_warm(module, arguments, environment)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "5"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", module, *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=_ROOT)

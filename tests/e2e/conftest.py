@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -62,7 +63,7 @@ class Program:
         with self._changed:
             return "".join(self._lines)
 
-    def line_with(self, words: str, *, timeout_s: float = 90.0) -> str:
+    def line_with(self, words: str, *, timeout_s: float = 150.0) -> str:
         """The first line that holds `words`, as soon as it is printed."""
 
         def found() -> str | None:
@@ -74,7 +75,7 @@ class Program:
             assert line is not None, f"{words!r} was not printed within {timeout_s} s:\n" + "".join(self._lines)
             return line
 
-    def wait(self, *, timeout_s: float = 90.0) -> int:
+    def wait(self, *, timeout_s: float = 150.0) -> int:
         """The exit status, once all output has been read."""
         status = self.process.wait(timeout_s)
         self._reader.join(timeout_s)
@@ -196,6 +197,18 @@ class RunningStack:
             if job.progress.stage == pb.JOB_STAGE_DENOISE and job.progress.done >= steps:
                 return job
         raise AssertionError(f"the watch of {job_id} ended early")
+
+    def stop(self, number: signal.Signals) -> None:
+        """End it by a signal, with work under way; fails unless it ends in order and leaves nothing behind."""
+        children = psutil.Process(self.program.process.pid).children(recursive=True)
+        assert {self.pid(service) for service in SERVICES} == {child.pid for child in children}
+        self.denoising(self.create("cut short", steps=MANY_STEPS).id, steps=1)
+        self.program.process.send_signal(number)
+        assert self.program.wait() == 0, self.program.output
+        assert all_gone(children, timeout_s=1.0)
+        assert not (self.data_dir / "stack.json").exists()
+        stopped = [line.split()[0] for line in self.program.output.splitlines() if " stopping" in line]
+        assert stopped[0] == "gateway" and set(stopped) == set(SERVICES)
 
     def close(self) -> None:
         """Stop it all."""

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shared.errors import EXIT_BAD_CONFIG, InvalidRequest, NotFound, OviError
 from shared.grpc_client import error_of
 from shared.variants import AUDIO_VAE_FILE, TEXT_ENCODER_FILE, VARIANTS, VIDEO_VAE_FILE, VOCODER_FILE
 from tests.e2e.conftest import OVI, SERVICES, Program, RunningStack, start_stack
+from tests.service_process import running_service
 
 
 def options(**fields: Any) -> common_pb.SamplingOptions:
@@ -187,10 +189,11 @@ def _booby_trap(path: Path, evidence: Path) -> None:
 
 FUSION_FILE = VARIANTS["960x960_5s"].file
 DAMAGES = [
-    (TEXT_ENCODER_FILE, _booby_trap),
-    (VIDEO_VAE_FILE, _truncate),
-    (AUDIO_VAE_FILE, _reshape),
-    (VOCODER_FILE, _remove),
+    ("text_encoder", TEXT_ENCODER_FILE, _booby_trap),
+    ("vae", VIDEO_VAE_FILE, _truncate),
+    ("vae", AUDIO_VAE_FILE, _reshape),
+    ("vae", VOCODER_FILE, _remove),
+    ("fusion", FUSION_FILE, _reshape),
 ]
 
 
@@ -199,41 +202,41 @@ def _copy(checkpoint: Path, to: Path) -> Path:
     return Path(shutil.copytree(checkpoint, to, copy_function=os.link))
 
 
-@pytest.mark.parametrize(("file", "damage"), DAMAGES, ids=[f"{Path(f).name} {d.__name__}" for f, d in DAMAGES])
-def test_a_damaged_checkpoint_is_named_and_nothing_is_left_running(
-    file: str,
-    damage: Callable[[Path, Path], None],
-    tiny_checkpoint: Path,
-    tmp_path: Path,
-    program: Callable[..., Program],
+@pytest.mark.parametrize(("service", "file", "damage"), DAMAGES, ids=[f"{s} {d.__name__}" for s, _, d in DAMAGES])
+def test_a_damaged_checkpoint_ends_its_service_and_is_named(
+    service: str, file: str, damage: Callable[[Path, Path], None], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder, evidence = _copy(tiny_checkpoint, tmp_path / "weights"), tmp_path / "evidence"
+    if service == "fusion":  # of several variants the others would be served
+        for variant in VARIANTS.values():
+            if variant.file != file:
+                (folder / variant.file).unlink()
     damage(folder / file, evidence)
-    arguments = ("--checkpoints", folder, "--data-dir", tmp_path / "data", "--grpc-port", "0", "--http-port", "0")
-    command = program(OVI, "up", *arguments)
-    assert command.wait() == EXIT_BAD_CONFIG, command.output
-    assert str(folder / file) in command.output
-    assert "Ready." not in command.output and "Traceback" not in command.output
+    with running_service(service, "--checkpoints", str(folder), "--device", "cpu", serving=False) as started:
+        assert started.process.wait(30) == EXIT_BAD_CONFIG, started.log
+    reasons = [str(entry["reason"]) for entry in started.log if entry["event"] == "cannot start"]
+    assert len(reasons) == 1 and str(folder / file) in reasons[0]
+    assert "Traceback" not in str(started.log)
     assert not evidence.exists(), "nothing in the file was run"
 
 
-def test_a_fusion_file_of_wrong_shapes_is_named(
+def test_a_stack_with_a_damaged_checkpoint_ends_with_the_services_reason(
     tiny_checkpoint: Path, tmp_path: Path, program: Callable[..., Program]
 ) -> None:
-    folder = _copy(tiny_checkpoint, tmp_path / "weights")
-    for variant in VARIANTS.values():
-        if variant.file != FUSION_FILE:
-            (folder / variant.file).unlink()
-    _reshape(folder / FUSION_FILE, tmp_path)
+    folder, evidence = _copy(tiny_checkpoint, tmp_path / "weights"), tmp_path / "evidence"
+    _booby_trap(folder / TEXT_ENCODER_FILE, evidence)
     arguments = ("--checkpoints", folder, "--data-dir", tmp_path / "data", "--grpc-port", "0", "--http-port", "0")
     command = program(OVI, "up", *arguments)
     assert command.wait() == EXIT_BAD_CONFIG, command.output
-    assert str(folder / FUSION_FILE) in command.output and "Traceback" not in command.output
+    assert str(folder / TEXT_ENCODER_FILE) in command.output
+    assert "Ready." not in command.output and "Traceback" not in command.output
+    assert not evidence.exists(), "nothing in the file was run"
 
 
 def test_a_missing_and_a_damaged_variant_are_not_offered_and_the_others_are(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    """On a stack of its own, which SIGTERM then stops."""
     folder = _copy(tiny_checkpoint, tmp_path / "weights")
     (folder / VARIANTS["960x960_10s"].file).unlink()
     _truncate(folder / FUSION_FILE, tmp_path)
@@ -248,5 +251,6 @@ def test_a_missing_and_a_damaged_variant_are_not_offered_and_the_others_are(
             assert isinstance(error, InvalidRequest)
             assert error.violations[0].field.endswith("model") and offered[0] in error.message
         assert running.finished(running.create("served all the same", steps=1).id).state == pb.JOB_STATE_COMPLETED
+        running.stop(signal.SIGTERM)
     finally:
         running.close()
