@@ -56,11 +56,13 @@ class FieldReader:
                 self.wrong(name, "is missing")
             return None
         if not isinstance(value, str):
-            return self._not(name, value, "a text")
+            self._not(name, value, "a text")
+            return None
         try:
             value.encode()
         except UnicodeEncodeError:
-            return self._not(name, value, "text without lone surrogates")
+            self._not(name, value, "text without lone surrogates")
+            return None
         return value
 
     def whole(self, name: str, low: int, high: int) -> int | None:
@@ -69,7 +71,8 @@ class FieldReader:
         if value is None:
             return None
         if not value.is_integer() or not low <= value <= high:
-            return self._not(name, self._fields[name], f"a whole number from {low} to {high}")
+            self._not(name, self._fields[name], f"a whole number from {low} to {high}")
+            return None
         return int(value)
 
     def number(self, name: str) -> float | None:
@@ -82,7 +85,8 @@ class FieldReader:
         if value is None:
             return None
         if not isinstance(value, str) or value not in choices:
-            return self._not(name, value, f"one of {', '.join(choices)}")
+            self._not(name, value, f"one of {', '.join(choices)}")
+            return None
         return choices[value]
 
     def truth(self, name: str) -> bool | None:
@@ -92,19 +96,25 @@ class FieldReader:
             return value == "true"
         if value is None or isinstance(value, bool):
             return value
-        return self._not(name, value, "true or false")
+        self._not(name, value, "true or false")
+        return None
 
     def _number(self, name: str, allowed: str) -> float | None:
         value = self._fields.get(name)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float | str):
-            return self._not(name, value, allowed)
+            self._not(name, value, allowed)
+            return None
         try:
             number = float(value)
         except (ValueError, OverflowError):
-            return self._not(name, value, allowed)
-        return number if math.isfinite(number) else self._not(name, value, allowed)
+            self._not(name, value, allowed)
+            return None
+        if not math.isfinite(number):
+            self._not(name, value, allowed)
+            return None
+        return number
 
     def _not(self, name: str, value: Any, allowed: str) -> None:
         self.wrong(name, f"got {str(value)[:_SHOWN]!r}, allowed is {allowed}")

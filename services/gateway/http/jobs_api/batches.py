@@ -45,13 +45,15 @@ class BatchItem(ClipRequest):
 class BatchRequest(ClipRequest):
     """Jobs to be made, from a list or from a table; beside a table the other fields hold for each of its rows."""
 
-    requests: list[BatchItem] = Field([], max_length=MAX_JOBS)
+    requests: list[BatchItem] = Field(default=[], max_length=MAX_JOBS)
     table: Characters = Field(
         "",
         max_length=MAX_TABLE_BYTES,
         description="CSV or TSV with the column text_prompt and, if wanted, image_path: a file's name or an image id.",
     )
-    samples_per_prompt: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = Field(1, description="Seeds are counted up.")
+    samples_per_prompt: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = Field(
+        default=1, description="Seeds are counted up."
+    )
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,100}$")] = ""
     priority: Priority | None = None
     deadline_time: AwareDatetime | None = None

@@ -60,26 +60,32 @@ class ClipRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    video_negative_prompt: Text | None = Field(None, description="What the video should not show.")
-    audio_negative_prompt: Text | None = Field(None, description="What the sound should not have.")
+    video_negative_prompt: Text | None = Field(default=None, description="What the video should not show.")
+    audio_negative_prompt: Text | None = Field(default=None, description="What the sound should not have.")
     model: Annotated[Characters, Field(max_length=200)] = Field(
-        "", description="Variant, one of /v1/models; the first."
+        default="", description="Variant, one of /v1/models; the first."
     )
-    height: Side | None = Field(None, description="Of a frame in pixels; with width, or neither.")
-    width: Side | None = Field(None, description="Of a frame in pixels; with height, or neither.")
-    num_frames: Side | None = Field(None, description="Must be the variant's own.")
+    height: Side | None = Field(default=None, description="Of a frame in pixels; with width, or neither.")
+    width: Side | None = Field(default=None, description="Of a frame in pixels; with height, or neither.")
+    num_frames: Side | None = Field(default=None, description="Must be the variant's own.")
     image_id: Annotated[Characters, Field(max_length=200)] = Field(
-        "", description="First picture, as /v1/images gave it."
+        default="", description="First picture, as /v1/images gave it."
     )
-    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(None, description="Solver steps; 50.")
-    video_guidance_scale: Guidance | None = Field(None, description="1: none; 4.")
-    audio_guidance_scale: Guidance | None = Field(None, description="1: none; 3.")
-    flow_shift: Annotated[float, Field(gt=0, le=MAX_FLOW_SHIFT)] | None = Field(None, description="Of the noise; 5.")
-    solver: Solver | None = Field(None, description="unipc.")
-    slg_layer: Annotated[int, Field(ge=0, le=_MAX_UINT32)] | None = Field(None, description="0: off; 11.")
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Of the noise; 100.")
-    step_cache_threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="LOSSY; 0: off.")
-    vram_mode: VramMode | None = Field(None, description="How device memory is used; as the services do at present.")
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(
+        default=None, description="Solver steps; 50."
+    )
+    video_guidance_scale: Guidance | None = Field(default=None, description="1: none; 4.")
+    audio_guidance_scale: Guidance | None = Field(default=None, description="1: none; 3.")
+    flow_shift: Annotated[float, Field(gt=0, le=MAX_FLOW_SHIFT)] | None = Field(
+        default=None, description="Of the noise; 5."
+    )
+    solver: Solver | None = Field(default=None, description="unipc.")
+    slg_layer: Annotated[int, Field(ge=0, le=_MAX_UINT32)] | None = Field(default=None, description="0: off; 11.")
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(default=None, description="Of the noise; 100.")
+    step_cache_threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="LOSSY; 0: off.")
+    vram_mode: VramMode | None = Field(
+        default=None, description="How device memory is used; as the services do at present."
+    )
 
     def template_fields(self) -> set[str]:
         """Those of this class that were given."""
@@ -105,16 +111,16 @@ class JobRequest(ClipRequest):
     """A job to be made."""
 
     prompt: Prompt
-    image: Characters | None = Field(None, description="First picture as a data URL, instead of an image_id.")
+    image: Characters | None = Field(default=None, description="First picture as a data URL, instead of an image_id.")
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,128}$")] = Field(
-        "", description="The same one gives the same job; so does an Idempotency-Key."
+        default="", description="The same one gives the same job; so does an Idempotency-Key."
     )
     priority: Priority | None = None
-    deadline_time: AwareDatetime | None = Field(None, description="Until when the work must have begun.")
+    deadline_time: AwareDatetime | None = Field(default=None, description="Until when the work must have begun.")
     label: Annotated[Characters, Field(max_length=200, pattern=NO_CONTROLS)] = Field(
-        "", description="What you call it; lists can be filtered by it."
+        default="", description="What you call it; lists can be filtered by it."
     )
-    webhook_url: Characters | None = Field(None, max_length=2048, description="Is told when the job has ended.")
+    webhook_url: Characters | None = Field(default=None, max_length=2048, description="Is told when the job has ended.")
 
     @model_validator(mode="after")
     def _one_picture(self) -> JobRequest:

@@ -35,13 +35,13 @@ class GenerationOptions(BaseModel):
     steps: int = 50
     videoGuidance: float = 4.0
     audioGuidance: float = 3.0
-    resolution: str = Field("960x960", description="HEIGHTxWIDTH.")
-    duration: str = Field("10s", description="5s or 10s.")
-    solver: str = Field("unipc", description="unipc, dpm++ or euler.")
+    resolution: str = Field(default="960x960", description="HEIGHTxWIDTH.")
+    duration: str = Field(default="10s", description="5s or 10s.")
+    solver: str = Field(default="unipc", description="unipc, dpm++ or euler.")
     slgLayer: int = 11
-    vramMode: str = Field("standard", description="standard, fp8, fp8_offload or ultra_low.")
+    vramMode: str = Field(default="standard", description="standard, fp8, fp8_offload or ultra_low.")
     enableLora: bool = False
-    gpuAllocation: str = Field("auto", description="auto, single, multi_2, multi_4, multi_8 or fsdp.")
+    gpuAllocation: str = Field(default="auto", description="auto, single, multi_2, multi_4, multi_8 or fsdp.")
 
 
 class GenerationJob(BaseModel):
@@ -50,10 +50,10 @@ class GenerationJob(BaseModel):
     id: str = Field(description="Chosen by the client; a label.")
     mode: Literal["t2v", "i2v"]
     prompt: str
-    image: str | None = Field(None, description="A data URL or an upload id; in answers the upload id.")
+    image: str | None = Field(default=None, description="A data URL or an upload id; in answers the upload id.")
     options: GenerationOptions = GenerationOptions()
     status: StudioStatus = "queued"
-    progress: int | None = Field(None, ge=0, le=100)
+    progress: int | None = Field(default=None, ge=0, le=100)
     videoUrl: str | None = None
     error: str | None = None
     createdAt: str = Field(description="ISO 8601.")

@@ -44,8 +44,10 @@ class Video(BaseModel):
     status: VideoStatus
     progress: int = Field(ge=0, le=100, description="Per cent.")
     created_at: int = Field(description="Unix seconds.")
-    completed_at: int | None = Field(None, description="Unix seconds.")
-    expires_at: int | None = Field(None, description="Unix seconds after which the files may go; null: they are kept.")
+    completed_at: int | None = Field(default=None, description="Unix seconds.")
+    expires_at: int | None = Field(
+        default=None, description="Unix seconds after which the files may go; null: they are kept."
+    )
     prompt: str
     remixed_from_video_id: str | None = None
     seconds: str = Field(description="Length of the clip.")

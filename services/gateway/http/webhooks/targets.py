@@ -13,6 +13,7 @@ import httpx
 from shared.errors import InvalidRequest
 
 _MAX_URL_CHARACTERS = 2048
+_LARGEST_PORT = 65_535
 _PORTS = {"https": 443, "http": 80}
 
 
@@ -62,7 +63,8 @@ class TargetRules:
         except (httpx.InvalidURL, ValueError):
             raise InvalidRequest.of(field, f"got {shown!r}, which is no URL") from None
         schemes = ("https", "http") if self._allow_private else ("https",)
-        if len(text) > _MAX_URL_CHARACTERS or url.scheme not in schemes or not url.host or url.userinfo:
+        legal = len(text) <= _MAX_URL_CHARACTERS and (url.port is None or 0 < url.port <= _LARGEST_PORT)
+        if not legal or url.scheme not in schemes or not url.host or url.userinfo:
             what = f"a URL of {' or '.join(schemes)} without a password, up to {_MAX_URL_CHARACTERS} characters"
             raise InvalidRequest.of(field, f"got {shown!r}, allowed is {what}")
         if not any(_matches(url.host.lower(), host) for host in self._hosts):
