@@ -210,8 +210,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 raise
             except Exception as error:
                 status = status_of(error)
-                log.info("call refused", code=status.code.name, message=status.details)
+                log.info("call refused", code=status.code.name, **_reason(error))
                 await context.abort_with_status(status)
+
+
+def _reason(error: Exception) -> dict[str, object]:
+    """Of a refusal, for the log: of wrong fields only their names, since the rest holds what somebody wrote."""
+    if isinstance(error, InvalidRequest):
+        return {"fields": sorted({violation.field for violation in error.violations})}
+    return {"message": error.message} if isinstance(error, OviError) else {}
 
 
 class SyncErrorInterceptor(grpc.ServerInterceptor):

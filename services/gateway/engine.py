@@ -27,7 +27,10 @@ from services.gateway.models import ModelCatalog, ModelInfo, runnable
 from services.gateway.pipeline import Pipeline
 from services.gateway.validation import validate
 from shared.errors import FailedPrecondition, FieldViolation, InvalidRequest, Unavailable
+from shared.logging import get_logger
 from shared.memory.modes import VramMode
+
+log = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -49,7 +52,10 @@ class GatewayEngine:
         artifacts: Artifacts,
         images: ImageStore,
         metrics: GatewayMetrics,
+        *,
+        log_prompts: bool = False,
     ) -> None:
+        self._log_prompts = log_prompts
         self._tracker = tracker
         self._queue = queue
         self._pipeline = pipeline
@@ -83,7 +89,7 @@ class GatewayEngine:
         job = Job(id=new_job_id(), parameters=wanted, create_time_s=now_s, submission=submission)
         kept = await self._tracker.create(job, asked)
         if kept.id == job.id:
-            self._metrics.job_created()
+            self._note_created(kept)
         self._pipeline.wake()
         return await self._estimated(kept)
 
@@ -117,8 +123,8 @@ class GatewayEngine:
             for index, (request_id, parameters) in enumerate(zip(numbered, wanted, strict=True))
         ]
         kept = await self._tracker.create_all(jobs, asked)
-        for _ in kept if kept[0].id == jobs[0].id else ():
-            self._metrics.job_created()
+        for new in kept if kept[0].id == jobs[0].id else ():
+            self._note_created(new)
         self._pipeline.wake()
         return kept
 
@@ -308,6 +314,12 @@ class GatewayEngine:
             jobs += page.jobs
             token = page.next_page_token
         return jobs
+
+    def _note_created(self, job: Job) -> None:
+        self._metrics.job_created()
+        # What people wrote stays out of the log unless it was asked for.
+        texts = {"prompt": job.parameters.prompt} if self._log_prompts else {}
+        log.info("job created", job_id=job.id, key_id=job.submission.key_id, **texts)
 
     async def _seen(self, job_id: str, action: Action = Action.READ) -> Job:
         """The job, if the present caller sees it and may do this to it.
