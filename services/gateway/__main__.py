@@ -64,7 +64,7 @@ async def _run_owner(options: GatewayOptions) -> None:
     listen = options.listen
     metrics, phase = GatewayMetrics(), GatewayPhase()
     limits = KeyLimitsBook()
-    job_side = JobSide(options.data_dir, options.database, limits, metrics)
+    job_side = JobSide(options.data_dir, options.database, limits, metrics, options.pipeline)
     gate = _make_gate(options.security.auth, job_side.database, limits)
     tracker = job_side.tracker
     clients = StageClients.connect(options.stages, options.security.stage_tls)
@@ -82,10 +82,21 @@ async def _run_owner(options: GatewayOptions) -> None:
         tls=options.security.stage_tls,
     )
     work = JobWork(tracker, clients, catalog, artifacts, images, resolver, tensors, metrics, options.pipeline)
-    pipeline = job_side.build(work, artifacts, options.pipeline)
+    pipeline = job_side.build(work, artifacts)
     estimator = Estimator(job_side.queue, tracker, lanes=len(clients.fusion.workers))
     fitting = Fitting(clients.fusion_plan)
-    engine = GatewayEngine(tracker, job_side.queue, pipeline, estimator, catalog, fitting, artifacts, images, metrics)
+    engine = GatewayEngine(
+        tracker,
+        job_side.queue,
+        pipeline,
+        estimator,
+        catalog,
+        fitting,
+        artifacts,
+        images,
+        metrics,
+        log_prompts=options.security.auth.log_prompts,
+    )
     backend = Backend(engine, job_side.database, clients, artifacts, metrics, phase, system, watcher)
     try:
         http_app = HttpApp(backend, options.http, gate)
@@ -180,7 +191,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--vae", default="127.0.0.1:50053", help="address of the VAE service, or of several (default: %(default)s)")
     add("--max-concurrent-jobs", type=int, default=3, help="jobs worked on at once (default: %(default)s)")
     add("--worker-wait-s", type=float, default=600.0, help="seconds a job waits for a stage (default: %(default)s)")
+    add(
+        "--checkpoint-steps",
+        type=int,
+        default=10,
+        help="steps of a denoise from one checkpoint to the next; 0: none is kept (default: %(default)s)",
+    )
     add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
+    add("--lease-s", type=float, default=20.0, help="with several gateways: seconds until one is given up")
     add_http_flags(parser)
     add_security_flags(parser)
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
@@ -197,7 +215,9 @@ def main() -> None:
     parser = _parser()
     args = parser.parse_args()
     try:
-        pipeline = PipelineOptions(args.max_concurrent_jobs, args.worker_wait_s, args.stage_timeout_s)
+        pipeline = PipelineOptions(
+            args.max_concurrent_jobs, args.worker_wait_s, args.stage_timeout_s, args.lease_s, args.checkpoint_steps
+        )
         database = database_url(args.database_url)
         stages = StageAddresses(args.text_encoder, _listed(args.fusion), _listed(args.vae))
         http = http_options(args)

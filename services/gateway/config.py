@@ -11,6 +11,8 @@ from services.gateway.auth.options import SecurityOptions
 from services.gateway.http.options import HttpOptions
 from shared.grpc_server import ListenConfig
 
+_SHORTEST_LEASE_S = 2.0
+
 
 @dataclass(frozen=True)
 class StageAddresses:
@@ -39,8 +41,16 @@ class PipelineOptions:
     """How long a job waits for a stage that is away, loading or full before it fails."""
     stage_timeout_s: float
     """Most seconds of one stage of one job, waiting included."""
+    lease_s: float = 20.0
+    """With several gateways: how long others wait for a sign of life before they take one's jobs; at least 2."""
+    checkpoint_steps: int = 10
+    """Steps of a denoise from one checkpoint to the next, which bound what a killed worker costs; 0: none is kept."""
 
     def __post_init__(self) -> None:
+        if not self.lease_s >= _SHORTEST_LEASE_S:
+            raise ValueError(f"--lease-s: got {self.lease_s}, allowed is {_SHORTEST_LEASE_S:g} or more")
+        if self.checkpoint_steps < 0:
+            raise ValueError(f"--checkpoint-steps must be 0 or more, got {self.checkpoint_steps}")
         for name in ("max_concurrent_jobs", "worker_wait_s", "stage_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -40,28 +40,32 @@ def new_executor_id() -> str:
 class JobSide:
     """The jobs of one gateway."""
 
-    def __init__(self, data_dir: Path, url: sa.URL | None, limits: Limits, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, data_dir: Path, url: sa.URL | None, limits: Limits, metrics: GatewayMetrics, options: PipelineOptions
+    ) -> None:
         """
         Args:
             data_dir: has the database file where there is no `url`.
             url: of PostgreSQL, which other gateways may share; None: the file, which has one gateway.
             limits: of API keys.
             metrics: of the gateway.
+            options: how jobs are worked on.
         """
         self.executor_id = new_executor_id()
         self.database = open_postgres(url) if url is not None else open_database(data_dir / DATABASE_FILE)
         self._url = url
+        self._options = options
         self._name = str(url) if url is not None else str(data_dir / DATABASE_FILE)
         shared = url is not None
         self.queue = JobQueue(self.database, self.executor_id, limits, shared=shared)
         self.tracker = JobTracker(JobStore(self.database, self.executor_id, limits), metrics, shared=shared)
-        self._lease = Lease(self.database, self.executor_id) if shared else None
+        self._lease = Lease(self.database, self.executor_id, options.lease_s) if shared else None
         self._workflows = Workflows(self.database, self.executor_id)
 
-    def build(self, work: Work, artifacts: Artifacts, options: PipelineOptions) -> Pipeline:
+    def build(self, work: Work, artifacts: Artifacts) -> Pipeline:
         """The pipeline over some stages; called once, before `start`."""
         may_work: Callable[[], bool] = self._may_work
-        self._pipeline = Pipeline(self._workflows, self.queue, self.tracker, work, artifacts, options, may_work)
+        self._pipeline = Pipeline(self._workflows, self.queue, self.tracker, work, artifacts, self._options, may_work)
         self._keeper = Keeper(self.queue, self.tracker, self._pipeline, self._workflows, self._lease)
         hear = self._keeper.hear
         self._listener = Listener(self._url, self.executor_id, hear) if self._url is not None else None

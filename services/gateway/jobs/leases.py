@@ -13,10 +13,10 @@ import sqlalchemy as sa
 
 from services.gateway.jobs.schema import leases
 
-LEASE_S = 20.0
-RENEW_S = LEASE_S / 3
-_MARGIN_S = 3.0
-"""Before its end a lease counts as lost on this side: stopping takes a moment."""
+_RENEWALS = 3
+"""In the time of a lease."""
+_MARGIN = 0.15
+"""Part of the lease by which it counts as lost on this side before its end: stopping takes a moment."""
 _FORGET_S = 3600.0
 
 
@@ -30,9 +30,18 @@ def database_now(connection: sa.Connection) -> sa.ColumnElement[Any]:
 class Lease:
     """The lease of one gateway. Synchronous; `valid` may be asked from anywhere."""
 
-    def __init__(self, engine: sa.Engine, executor_id: str) -> None:
+    def __init__(self, engine: sa.Engine, executor_id: str, lease_s: float) -> None:
+        """
+        Args:
+            engine: of a database that was migrated.
+            executor_id: of this gateway.
+            lease_s: how long others wait for a sign of life before they take its jobs.
+        """
         self._engine = engine
         self._executor_id = executor_id
+        self._lease_s = lease_s
+        self.renew_s = lease_s / _RENEWALS
+        """Between two renewals."""
         self._until_s = float("-inf")
 
     def renew(self) -> None:
@@ -45,12 +54,12 @@ class Lease:
         with self._engine.begin() as connection:
             now = database_now(connection)
             mine = leases.c.executor_id == self._executor_id
-            if not connection.execute(sa.update(leases).where(mine).values(until_s=now + LEASE_S)).rowcount:
-                row = {"executor_id": self._executor_id, "until_s": now + LEASE_S}
+            if not connection.execute(sa.update(leases).where(mine).values(until_s=now + self._lease_s)).rowcount:
+                row = {"executor_id": self._executor_id, "until_s": now + self._lease_s}
                 connection.execute(sa.insert(leases).values(row))
             connection.execute(sa.delete(leases).where(leases.c.until_s < now - _FORGET_S))
         # Counted from before the question: the database's time began later, so it ends later.
-        self._until_s = asked_s + LEASE_S
+        self._until_s = asked_s + self._lease_s
 
     def live(self) -> set[str]:
         """Executor ids of all gateways whose lease lasts."""
@@ -67,4 +76,4 @@ class Lease:
     @property
     def valid(self) -> bool:
         """Whether nobody can have taken this gateway's jobs away; the clock of a stopped process goes on."""
-        return time.monotonic() < self._until_s - _MARGIN_S
+        return time.monotonic() < self._until_s - _MARGIN * self._lease_s

@@ -68,8 +68,9 @@ class JobStore:
         ]
         try:
             with self._engine.begin() as connection:
-                self._use_quota(connection, new)
+                # First, so that a repeated request is known as such also by a key that has used up its day.
                 connection.execute(sa.insert(jobs), rows)
+                self._use_quota(connection, new)
                 send(connection, Signal(self._owner, queue=True))
         except sa.exc.IntegrityError:
             asked = [job.submission for job in new]

@@ -166,9 +166,9 @@ class JobTracker:
                 self._tell(job)
             return job
 
-    async def enter(self, job_id: str, stage: JobStage, *, total: int = 0) -> None:
-        """A stage begins; kept at once."""
-        await self._move(job_id, Progress(stage, 0, total), keep=True)
+    async def enter(self, job_id: str, stage: JobStage, *, total: int = 0, done: int = 0) -> None:
+        """A stage begins, with so much of it done before; kept at once."""
+        await self._move(job_id, Progress(stage, done, total), keep=True)
 
     async def advance(self, job_id: str, done: int, total: int) -> None:
         """Steps or frames of the stage were finished; watchers know at once, the table within a second."""
@@ -299,10 +299,13 @@ class JobTracker:
             if not watchers:
                 del self._watchers[job_id]
 
-    async def watch_all(self) -> AsyncGenerator[Job, None]:
-        """Every job after each change from now on, on whichever replica; ends when the gateway drains."""
+    def watch_all(self) -> AsyncGenerator[Job, None]:
+        """Every job after each change from this call on, on whichever replica; ends when the gateway drains."""
         watcher = _Watcher(_MAX_UNREAD_OF_ALL)
         self._watchers_of_all.add(watcher)
+        return self._changes_of_all(watcher)
+
+    async def _changes_of_all(self, watcher: _Watcher) -> AsyncGenerator[Job, None]:
         try:
             while not self._draining:
                 watcher.changed.clear()

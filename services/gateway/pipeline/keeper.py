@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from services.gateway.disk import DatabaseAway
-from services.gateway.jobs.leases import RENEW_S, Lease
+from services.gateway.jobs.leases import Lease
 from services.gateway.jobs.queue import JobQueue
 from services.gateway.jobs.signals import Signal
 from services.gateway.jobs.tracker import JobTracker
@@ -20,7 +20,7 @@ from shared.logging import get_logger
 log = get_logger(__name__)
 
 _LOOK_S = 1.0
-_GUARD_S = 0.5
+_GUARD_S = 0.2
 _TIDY_S = 60.0
 
 
@@ -88,10 +88,10 @@ class Keeper:
         while True:
             try:
                 await self._tracker.in_thread(lease.renew)
-                pause_s = RENEW_S
+                pause_s = lease.renew_s
             except (DatabaseAway, DiskFull) as error:
                 log.error("the lease was not renewed", reason=error.message)
-                pause_s = _LOOK_S
+                pause_s = min(_LOOK_S, lease.renew_s)
             await asyncio.sleep(pause_s)
 
     async def _guard(self, lease: Lease) -> None:

@@ -43,6 +43,8 @@ class Work(Protocol):
 
     async def decode(self, job_id: str) -> VideoInfo: ...
 
+    async def set_aside(self, job_id: str) -> None: ...
+
 
 class Files(Protocol):
     """What jobs leave on disk; see `services.gateway.artifacts`."""
