@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import google_crc32c
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -84,6 +85,39 @@ class Artifacts:
         with self._open_latents(job_id) as file:
             return dict(file.metadata() or {})
 
+    def write_checkpoint(self, job_id: str, file: torch.Tensor) -> None:
+        """Keep where a denoise is, in the place of what was kept before.
+
+        Args:
+            job_id: of the job.
+            file: a safetensors file as bytes, uint8.
+        """
+        path = self._checkpoint_path(job_id)
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".part")
+        try:
+            temporary.write_bytes(memoryview(file.numpy()))  # type: ignore[arg-type]
+            settle(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read_checkpoint(self, job_id: str) -> torch.Tensor | None:
+        """What `write_checkpoint` kept, damaged or not; None if there is nothing."""
+        path = self._checkpoint_path(job_id)
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8)) if path.is_file() else None
+
+    def checkpoint_steps(self, job_id: str) -> int:
+        """How many steps the kept checkpoint saves; 0 if there is none, or it cannot be read."""
+        try:
+            with safe_open(self._checkpoint_path(job_id), framework="pt") as file:
+                return int((file.metadata() or {}).get("steps_done", 0))
+        except (SafetensorError, OSError, ValueError):
+            return 0
+
+    def delete_checkpoint(self, job_id: str) -> None:
+        """Forget where a denoise was."""
+        self._checkpoint_path(job_id).unlink(missing_ok=True)
+
     def video_writer(self, job_id: str) -> VideoWriter:
         """A writer for the clip."""
         path = self.video_path(job_id)
@@ -129,6 +163,9 @@ class Artifacts:
 
     def _latents_path(self, job_id: str) -> Path:
         return self._folder(job_id) / "latents.safetensors"
+
+    def _checkpoint_path(self, job_id: str) -> Path:
+        return self._folder(job_id) / "denoise.safetensors"
 
     def _folder(self, job_id: str) -> Path:
         if not is_job_id(job_id):

@@ -36,7 +36,11 @@ class GatewayMetrics:
         self._lowered = Counter(
             "ovi_mode_lowered", "Times a denoise began again in a mode that takes less memory", registry=registry
         )
-
+        self._repeated = Counter(
+            "ovi_denoise_steps_repeated",
+            "Solver steps made again because a denoise was cut after its last checkpoint, as far as this gateway saw",
+            registry=registry,
+        )
         self._devices = DeviceMetrics(registry)
 
     def job_created(self) -> None:
@@ -54,6 +58,10 @@ class GatewayMetrics:
     def step_finished(self, seconds: float) -> None:
         """A solver step was finished."""
         self._steps.observe(seconds)
+
+    def steps_repeated(self, number: int) -> None:
+        """A denoise begins so many steps before where it was."""
+        self._repeated.inc(number)
 
     def mode_was_lowered(self) -> None:
         """A denoise ran out of memory and began again in a lower mode."""

@@ -34,9 +34,12 @@ class Patience:
         self._metrics = metrics
         self._since_s: float | None = None
         self._pause_s = _FIRST_PAUSE_S
+        self.answered = False
+        """Whether the worker has answered since this was last set to False."""
 
     def alive(self) -> None:
         """The worker answered."""
+        self.answered = True
         self._since_s = None
         self._pause_s = _FIRST_PAUSE_S
 

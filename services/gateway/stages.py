@@ -181,6 +181,16 @@ class FusionClient:
         """
         return _events(self._stub.Denoise(request, metadata=_metadata(job_id)), self.name, self.address)
 
+    async def pause_run(self, run_id: str) -> bool:
+        """Ask for a stop after the present step; False if there is nothing to stop.
+
+        Raises:
+            OviError: by the table.
+        """
+        with _calls(self.name, self.address):
+            request = fusion_pb2.PauseRunRequest(run_id=run_id)
+            return (await self._stub.PauseRun(request, timeout=_SYSTEM_TIMEOUT_S)).running
+
     async def describe(self) -> tuple[ModelInfo, ...]:
         """The variants whose files are there, those that can be run first.
 

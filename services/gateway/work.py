@@ -7,9 +7,9 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 
@@ -18,6 +18,7 @@ from ovi.fusion.v1 import fusion_pb2
 from ovi.vae.v1 import vae_pb2
 from services.gateway.artifacts import Artifacts, Latents
 from services.gateway.config import PipelineOptions
+from services.gateway.denoising import Denoising
 from services.gateway.images import ImageStore
 from services.gateway.jobs.domain import Job, JobStage, VideoInfo
 from services.gateway.jobs.tracker import JobTracker
@@ -25,7 +26,8 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog
 from services.gateway.patience import Patience
 from services.gateway.replicas import Replicas, W
-from services.gateway.stages import FusionClient, StageClients, VaeClient, WorkerCut
+from services.gateway.stages import StageClients, VaeClient, WorkerCut
+from services.gateway.writing import write_unbroken
 from shared.errors import CorruptTensor, OutOfMemory, OviError, ResourceExhausted, Unavailable
 from shared.generation_proto import sampling_options_to_proto
 from shared.logging import get_logger
@@ -35,7 +37,6 @@ from shared.system_proto import vram_mode_from_proto, vram_mode_to_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 log = get_logger(__name__)
@@ -49,7 +50,7 @@ _STEPS_REUSED = "steps_reused"
 _VRAM_MODE = "vram_mode"
 """Keys in the metadata of kept latents and in a clip's provenance."""
 _MAX_CUTS = 3
-"""How often a worker may die under one stage of a job before the job is blamed."""
+"""How often a worker dies under one stage of a job, with nothing kept in between, until the job is blamed."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class JobWork:
     tensors: TensorServer
     metrics: GatewayMetrics
     options: PipelineOptions
+    denoising: dict[str, Denoising] = field(default_factory=dict)
+    """Denoises under way, by job id."""
 
     async def encode_prompt(self, job_id: str) -> list[TensorRefJson]:
         """Encode the prompt and both negative prompts; their references, in this order.
@@ -114,25 +117,47 @@ class JobWork:
             return
         job = await self.tracker.get(job_id)
         total = job.parameters.options.num_inference_steps
-        async with self._stage(job_id, JobStage.DENOISE, total=total):
+        kept = await asyncio.to_thread(self.artifacts.checkpoint_steps, job_id)
+        async with self._stage(job_id, JobStage.DENOISE, total=total, done=kept):
             refs = [ParseDict(ref, tensor_pb2.TensorRef()) for ref in embeddings]
             if first_frame is not None:
                 refs.append(ParseDict(first_frame, tensor_pb2.TensorRef()))
             metadata = await self._latents_metadata(job)
-            request = _denoise_request(job, refs)
-            result, steps_reused = await self._patiently(
-                job_id,
-                JobStage.DENOISE,
-                self.clients.fusion,
-                lambda worker, patience: self._denoise_once(worker, request, job_id, patience),
-            )
+            result, steps_reused = await self._denoised(job, refs, kept)
             outcome = [result.video_latent, result.audio_latent]
             video, audio = await asyncio.gather(*(self._fetch(ref) for ref in outcome))
             latents = Latents(video, audio)
             mode = vram_mode_from_proto(result.vram_mode, field="result.vram_mode")
             metadata |= {_STEPS_REUSED: str(steps_reused), _VRAM_MODE: mode.value}
-            await _write(self.artifacts.write_latents, job_id, latents, metadata)
+            await write_unbroken(self.artifacts.write_latents, job_id, latents, metadata)
+            await asyncio.to_thread(self.artifacts.delete_checkpoint, job_id)
             await self._release([*refs, *outcome])
+
+    async def set_aside(self, job_id: str) -> None:
+        """Before a job is stopped for a while: let a denoise finish its present step, and keep where it is."""
+        denoising = self.denoising.get(job_id)
+        if denoising is not None:
+            await denoising.set_aside(self.options.worker_wait_s)
+
+    async def _denoised(
+        self, job: Job, refs: Sequence[tensor_pb2.TensorRef], kept: int
+    ) -> tuple[fusion_pb2.Result, int]:
+        """The result, and how many steps were reused."""
+        total = job.parameters.options.num_inference_steps
+
+        async def begin_again(reason: str, done: int) -> None:
+            await self._begin_again(job.id, JobStage.DENOISE, total, reason, done)
+
+        request = _denoise_request(job, refs, self.options.checkpoint_steps)
+        given = (self.artifacts, self.resolver, self.tensors, self.tracker, self.metrics)
+        denoising = self.denoising[job.id] = Denoising(job.id, request, *given, begin_again, kept)
+        try:
+            return await self._patiently(
+                job.id, JobStage.DENOISE, self.clients.fusion, denoising.attempt, lambda: denoising.kept
+            )
+        finally:
+            if self.denoising.get(job.id) is denoising:
+                del self.denoising[job.id]
 
     async def decode(self, job_id: str) -> VideoInfo:
         """Decode the kept latents into the clip.
@@ -153,17 +178,30 @@ class JobWork:
             return replace(video, steps_reused=int(provenance[_STEPS_REUSED]), vram_mode=mode)
 
     async def _patiently(
-        self, job_id: str, stage: JobStage, replicas: Replicas[W], attempt: Callable[[W, Patience], Awaitable[T]]
+        self,
+        job_id: str,
+        stage: JobStage,
+        replicas: Replicas[W],
+        attempt: Callable[[W, Patience], Awaitable[T]],
+        kept: Callable[[], int] = lambda: 0,
     ) -> T:
         """The result of a long call: begun again while its worker is away, a few times if the worker dies under it.
 
         Where a worker has too little memory, another one is tried once.
+
+        Args:
+            job_id: of the job.
+            stage: of the call.
+            replicas: its workers.
+            attempt: the call.
+            kept: how many steps the next attempt does not make again.
         """
         patience = self._patience(replicas.name)
-        cuts = 0
+        cuts, kept_at_cut = 0, kept()
         too_small: W | None = None
         while True:
             worker = replicas.choose(avoid=too_small)
+            patience.answered = False
             try:
                 with replicas.using(worker):
                     return await attempt(worker, patience)
@@ -172,46 +210,24 @@ class JobWork:
                     raise
                 log.warning("another worker is tried", stage=stage.value, reason=error.message)
                 too_small = worker
-                await self._begin_again(job_id, stage, (await self.tracker.get(job_id)).progress.total)
+                total = (await self.tracker.get(job_id)).progress.total
+                await self._begin_again(job_id, stage, total, error.message, kept())
             except (Unavailable, ResourceExhausted) as error:
-                job = await self.tracker.get(job_id)
-                if isinstance(error, WorkerCut) and job.progress.done:
-                    cuts += 1
+                if isinstance(error, WorkerCut) and patience.answered:
+                    cuts = 1 if kept() > kept_at_cut else cuts + 1
+                    kept_at_cut = kept()
                     log.warning("a worker was lost during its work", stage=stage.value, cuts=cuts, reason=error.message)
-                    if cuts > _MAX_CUTS:
+                    if cuts >= _MAX_CUTS:
                         what = f"the {replicas.name} service stopped {cuts} times during this job"
                         raise Unavailable(f"{what}: {error.message}") from None
-                    await self._begin_again(job_id, stage, job.progress.total)
+                    total = (await self.tracker.get(job_id)).progress.total
+                    await self._begin_again(job_id, stage, total, error.message, kept())
                 await patience.pause(error)
 
-    async def _begin_again(self, job_id: str, stage: JobStage, total: int) -> None:
+    async def _begin_again(self, job_id: str, stage: JobStage, total: int, reason: str, done: int) -> None:
         """A new attempt: only then may progress go back."""
-        await self.tracker.begin(job_id)
-        await self.tracker.enter(job_id, stage, total=total)
-
-    async def _denoise_once(
-        self, worker: FusionClient, request: fusion_pb2.DenoiseRequest, job_id: str, patience: Patience
-    ) -> tuple[fusion_pb2.Result, int]:
-        """The result, and how many steps were reused."""
-        steps_reused = 0
-        async with contextlib.aclosing(worker.denoise(request, job_id=job_id)) as events:
-            async for event in events:
-                patience.alive()
-                kind = event.WhichOneof("event")
-                if kind == "result":
-                    return event.result, steps_reused
-                if kind == "mode_lowered":
-                    lowered = event.mode_lowered
-                    mode = vram_mode_from_proto(lowered.vram_mode, field="mode_lowered.vram_mode")
-                    log.warning("memory ran out; the denoise begins again", vram_mode=mode.value, reason=lowered.reason)
-                    self.metrics.mode_was_lowered()
-                    await self._begin_again(job_id, JobStage.DENOISE, request.options.num_inference_steps)
-                    steps_reused = 0
-                    continue
-                steps_reused += event.step.reused
-                self.metrics.step_finished(event.step.seconds)
-                await self.tracker.advance(job_id, event.step.index, event.step.total)
-        raise CorruptTensor("the fusion service ended the stream without a result")
+        await self.tracker.begin(job_id, reason)
+        await self.tracker.enter(job_id, stage, total=total, done=done)
 
     async def _decode_once(
         self, worker: VaeClient, job: Job, latents: Latents, provenance: dict[str, str], patience: Patience
@@ -231,10 +247,10 @@ class JobWork:
                         if kind == "progress":
                             await self.tracker.advance(job_id, event.progress.frames_done, event.progress.frames_total)
                         elif kind == "chunk":
-                            await _write(writer.write, event.chunk)
+                            await write_unbroken(writer.write, event.chunk)
                         else:
                             clip = event.summary
-                            await _write(writer.finish, num_bytes=clip.num_bytes, crc32c=clip.crc32c)
+                            await write_unbroken(writer.finish, num_bytes=clip.num_bytes, crc32c=clip.crc32c)
                             return VideoInfo(clip.num_bytes, clip.size.height, clip.size.width, clip.num_frames, FPS)
             raise CorruptTensor("the VAE service ended the stream without a summary")
         finally:
@@ -289,27 +305,18 @@ class JobWork:
         return Patience(stage, self.options.worker_wait_s, self.metrics)
 
     @contextlib.asynccontextmanager
-    async def _stage(self, job_id: str, stage: JobStage, *, total: int = 0) -> AsyncIterator[Job]:
+    async def _stage(self, job_id: str, stage: JobStage, *, total: int = 0, done: int = 0) -> AsyncIterator[Job]:
         """Around a stage: tells that it begins, and how long it took if it was finished."""
         job = await self.tracker.get(job_id)
-        await self.tracker.enter(job_id, stage, total=total)
+        await self.tracker.enter(job_id, stage, total=total, done=done)
         begun_s = time.monotonic()
         yield job
         await self.tracker.leave(job_id, stage, time.monotonic() - begun_s)
 
 
-async def _write(write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Write files in a thread. A cancel waits for it, so that no file appears after a job's folder was deleted."""
-    writing = asyncio.ensure_future(asyncio.to_thread(write, *args, **kwargs))
-    try:
-        await asyncio.shield(writing)
-    except asyncio.CancelledError:
-        await asyncio.wait({writing})
-        writing.exception()
-        raise
-
-
-def _denoise_request(job: Job, refs: Sequence[tensor_pb2.TensorRef]) -> fusion_pb2.DenoiseRequest:
+def _denoise_request(
+    job: Job, refs: Sequence[tensor_pb2.TensorRef], checkpoint_steps: int
+) -> fusion_pb2.DenoiseRequest:
     wanted = job.parameters
     return fusion_pb2.DenoiseRequest(
         model=wanted.model,
@@ -321,4 +328,6 @@ def _denoise_request(job: Job, refs: Sequence[tensor_pb2.TensorRef]) -> fusion_p
         audio_negative=refs[2],
         first_frame_latent=refs[3] if len(refs) > 3 else None,
         vram_mode=vram_mode_to_proto(wanted.vram_mode),
+        run_id=job.id,
+        checkpoint_steps=checkpoint_steps,
     )

@@ -268,6 +268,7 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
     def _events(self, call: DenoiseCall) -> Iterator[fusion_pb2.DenoiseResponse]:
         total = call.request.options.num_inference_steps
         index, finishing = 0, False
+        yield fusion_pb2.DenoiseResponse(begun=fusion_pb2.Begun())
         mode = call.request.vram_mode or self.system.mode
         while index < total:
             command = "step" if finishing else call.commands.get(timeout=WAIT_S)
