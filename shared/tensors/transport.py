@@ -162,11 +162,14 @@ class TensorResolver:
         """Close the connections."""
         self._channels.close()
 
+    def accepts(self, host: str) -> bool:
+        """True if a producer on this host may be contacted."""
+        return host in self._hosts or host.endswith(self._domains)
+
     def _check_address(self, ref: pb.TensorRef, field: str) -> None:
         host, _, port = ref.address.rpartition(":")
         violations = []
-        known = host in self._hosts or host.endswith(self._domains)
-        if not known or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not self.accepts(host) or not port.isdecimal() or not 0 < int(port) < 65536:
             what = f"got {ref.address[:100]!r}, allowed is host:port of {sorted(self._hosts)} (see --producer-hosts)"
             violations.append(FieldViolation(f"{field}.address", what))
         if not 0 < len(ref.tensor_id) <= 64 or not ref.tensor_id.replace("-", "").replace("_", "").isalnum():

@@ -1,0 +1,89 @@
+"""The commands of deployment files, given to the parsers that would parse them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from shared.tensors.transport import TensorResolver
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = "torch.distributed.run"
+ADMIN_KEY = "0123456789abcdef0123456789abcdef"
+CONSUMERS = {
+    "fusion": ("text_encoder", "vae", "gateway"),
+    "vae": ("fusion", "gateway"),
+    "gateway": ("fusion",),
+}
+"""Who fetches tensors from whom."""
+
+
+def expand(text: str, values: Mapping[str, str]) -> str:
+    """As Kubernetes expands $(NAME) in arguments."""
+    return re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], text)
+
+
+def resolve(command: Sequence[str], monkeypatch: pytest.MonkeyPatch, secrets: Path) -> tuple[str, Any]:
+    """The service and the options to which its own `main` resolves a command; whatever it refuses is raised.
+
+    Args:
+        command: what `python -P -m` is given.
+        monkeypatch: of the test.
+        secrets: folder for the administrator's key.
+    """
+    module, *arguments = command
+    if module == TORCHRUN:
+        launch = get_args_parser().parse_args(arguments)
+        assert launch.module and launch.nproc_per_node in ("gpu", "8"), "torchrun runs a module, a rank a GPU"
+        module, arguments = launch.training_script, launch.training_script_args
+    key = secrets / "admin_key"
+    key.write_text(ADMIN_KEY)
+    arguments = [re.sub(r"^(--admin-key-file=).*", rf"\g<1>{key}", argument) for argument in arguments]
+    resolved: list[Any] = []
+
+    def take(service: str, level: str, options: Any, main: Coroutine[Any, Any, None], ranks: object = None) -> None:
+        main.close()
+        resolved.append(options)
+
+    service = importlib.import_module(f"{module}.__main__")
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "run_service", take)
+        patched.setattr(sys, "argv", [module, *arguments])
+        service.main()
+    (options,) = resolved
+    return module.removeprefix("services."), options
+
+
+def check_stack(options: Mapping[str, Any]) -> None:
+    """That services of a stack find each other: addresses, ports, and whose tensors they accept.
+
+    Args:
+        options: resolved, by service.
+    """
+    gateway = options["gateway"]
+    called = {
+        "text_encoder": (gateway.stages.text_encoder,),
+        "fusion": gateway.stages.fusion,
+        "vae": gateway.stages.vae,
+    }
+    for name, addresses in called.items():
+        stage = options[name].stage
+        ports = {address.rpartition(":")[2] for address in addresses}
+        assert ports == {str(stage.listen.port)}, f"{name} is called at {addresses}"
+        hosts = {address.rpartition(":")[0] for address in addresses}
+        assert stage.advertise_host in hosts, f"{name} says that it is {stage.advertise_host}, it is called at {hosts}"
+        assert stage.data_port, f"{name} has a data port that a firewall can know"
+    for consumer, producers in CONSUMERS.items():
+        accepted = gateway.producer_hosts if consumer == "gateway" else options[consumer].stage.producer_hosts
+        resolver = TensorResolver.over_grpc(accepted)
+        for producer in producers:
+            host = gateway.advertise_host if producer == "gateway" else options[producer].stage.advertise_host
+            assert resolver.accepts(host), f"{consumer} does not fetch from {producer} at {host}: {accepted}"
+        resolver.close()
