@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from importlib.metadata import version
 
 import socketio
@@ -31,6 +31,7 @@ from services.gateway.http.studio_api.service import StudioService
 from services.gateway.http.studio_api.sockets import StudioSockets
 from services.gateway.http.videos_api.router import videos_router
 from services.gateway.http.webhooks.registry import make_webhooks
+from services.gateway.jobs.domain import Job
 from shared.errors import OviError
 
 _EXPOSED_HEADERS = (
@@ -84,8 +85,10 @@ class HttpApp:
 
     def start(self) -> None:
         """Begin to tell clients of changes."""
+        # Changes are collected before the look at what had ended until now: no end falls between the two.
+        changes = self._backend.engine.watch_all()
         self._webhooks.start()
-        self._telling = asyncio.create_task(self._tell())
+        self._telling = asyncio.create_task(self._tell(changes))
 
     async def stop(self) -> None:
         """Tell nobody any more."""
@@ -94,9 +97,9 @@ class HttpApp:
             await asyncio.wait({self._telling})
         await self._webhooks.stop()
 
-    async def _tell(self) -> None:
+    async def _tell(self, changes: AsyncGenerator[Job, None]) -> None:
         with acting_as(LOCAL):
-            async for job in self._backend.engine.watch_all():
+            async for job in changes:
                 await self._sockets.tell(job)
                 await self._webhooks.job_changed(job)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
-import sqlalchemy as sa
 
 from services.gateway.auth.caller import LOCAL, acting_as
 from services.gateway.engine import GatewayEngine
@@ -80,7 +80,7 @@ class WebhookDelivery:
         await self._client.aclose()
 
     async def job_ended(self, job_id: str) -> None:
-        """A job has ended; somebody may have asked to be told."""
+        """A job may have ended; somebody may have asked to be told."""
         if await asyncio.to_thread(self._store.wake_ended, time.time(), job_id):
             self._woken.set()
 
@@ -93,16 +93,14 @@ class WebhookDelivery:
                     await asyncio.to_thread(self._store.wake_ended, time.time())
                     swept_s = time.monotonic()
                 due = await asyncio.to_thread(self._store.claim, time.time(), _LEASE_S, _AT_ONCE)
-            except sa.exc.SQLAlchemyError as error:
-                log.warning("webhooks cannot be read now", reason=str(error)[:200])
+                await asyncio.gather(*(self._deliver(webhook) for webhook in due))
+            except OviError as error:
+                log.warning("webhooks have to wait", reason=error.message)
                 due = []
             if due:
-                await asyncio.gather(*(self._deliver(webhook) for webhook in due))
                 continue
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), _POLL_S)
-            except TimeoutError:
-                continue
 
     async def _deliver(self, webhook: Webhook) -> None:
         try:
@@ -138,14 +136,12 @@ class WebhookDelivery:
         headers = signed_headers(self._secret, job.id, int(time.time()), body)
         headers |= {"host": target.host_header, "content-type": "application/json", "user-agent": "ovi-serve"}
         try:
-            async with self._client.stream(
-                "POST",
-                target.pinned_url,
-                content=body,
-                headers=headers,
-                extensions={"sni_hostname": target.url.raw_host.decode("ascii")},
-            ) as answer:
+            sni = {"sni_hostname": target.url.raw_host.decode("ascii")}
+            call = self._client.stream("POST", target.pinned_url, content=body, headers=headers, extensions=sni)
+            async with asyncio.timeout(_TIMEOUT_S), call as answer:
                 status = answer.status_code
+        except TimeoutError:
+            return f"no answer within {_TIMEOUT_S:g} s", False
         except httpx.HTTPError as error:
             return f"{type(error).__name__}: {error}"[:300], False
         return ("", False) if 200 <= status < 300 else (f"answered {status}", status == _GONE)

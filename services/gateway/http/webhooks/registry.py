@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 
-from services.gateway.disk import disk_full_is_said
 from services.gateway.http.backend import Backend
 from services.gateway.http.jobs_api.schemas import job_view
 from services.gateway.http.options import HttpOptions
@@ -16,7 +15,10 @@ from services.gateway.http.webhooks.signing import read_secret
 from services.gateway.http.webhooks.store import WebhookStore
 from services.gateway.http.webhooks.targets import TargetRules
 from services.gateway.jobs.domain import Job
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, OviError
+from shared.logging import get_logger
+
+log = get_logger(__name__)
 
 _FIELD = "webhook_url"
 
@@ -65,15 +67,19 @@ class Webhooks:
         return self._rules.check(url, field=_FIELD)
 
     async def add(self, job: Job, url: str) -> None:
-        """Keep that a URL is to be told of the end of a job, which may have come already."""
-        with disk_full_is_said():
-            await asyncio.to_thread(self._store.add, job.id, url)
-        await self.job_changed(job)
+        """Keep that a URL is to be told of the end of a job, which may have come since the job was created."""
+        await asyncio.to_thread(self._store.add, job.id, url)
+        if self._delivery is not None:
+            await self._delivery.job_ended(job.id)
 
     async def job_changed(self, job: Job) -> None:
         """A job has changed; if it has ended, who asked is told."""
-        if self._delivery is not None and job.state.ended:
+        if self._delivery is None or not job.state.ended:
+            return
+        try:
             await self._delivery.job_ended(job.id)
+        except OviError as error:
+            log.warning("webhooks have to wait", job_id=job.id, reason=error.message)
 
     def start(self) -> None:
         """Begin to call."""

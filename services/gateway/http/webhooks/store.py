@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from services.gateway.disk import database_away_is_said, disk_full_is_said
 from services.gateway.jobs.schema import jobs, metadata
 
 WAITING, DELIVERED, FAILED = "waiting", "delivered", "failed"
@@ -37,16 +40,21 @@ class Webhook:
 
 
 class WebhookStore:
-    """Webhooks in a database."""
+    """Webhooks in a database. Every call raises DatabaseAway or DiskFull where the database cannot be used now."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        with database_away_is_said(), disk_full_is_said(), self._engine.begin() as connection:
+            yield connection
 
     def add(self, job_id: str, url: str) -> None:
         """Keep that a URL is to be told of the end of a job; the first one of a job stands."""
         insert = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
         values = {"job_id": job_id, "url": url, "state": WAITING, "attempts": 0}
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             connection.execute(insert(webhooks).values(values).on_conflict_do_nothing())
 
     def wake_ended(self, now_s: float, job_id: str = "") -> int:
@@ -55,14 +63,14 @@ class WebhookStore:
         statement = sa.update(webhooks).where(webhooks.c.state == WAITING, webhooks.c.next_time_s.is_(None), ended)
         if job_id:
             statement = statement.where(webhooks.c.job_id == job_id)
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             return connection.execute(statement.values(next_time_s=now_s)).rowcount
 
     def claim(self, now_s: float, lease_s: float, limit: int) -> list[Webhook]:
         """Take webhooks that are due; nobody else takes them before `lease_s` has passed."""
         query = sa.select(webhooks).where(_due, webhooks.c.next_time_s <= now_s).order_by(webhooks.c.next_time_s)
         taken = []
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             for row in connection.execute(query.limit(limit)).mappings().all():
                 mine = (
                     sa.update(webhooks)
@@ -83,5 +91,5 @@ class WebhookStore:
         self._settle(job_id, state=state, next_time_s=next_time_s, last_error=reason[:1000])
 
     def _settle(self, job_id: str, **values: object) -> None:
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             connection.execute(sa.update(webhooks).where(webhooks.c.job_id == job_id).values(values))
