@@ -25,7 +25,7 @@ from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog, ModelInfo, runnable
 from services.gateway.pipeline import Pipeline
-from services.gateway.validation import validate
+from services.gateway.validation import control_character, is_request_id, validate
 from shared.errors import FailedPrecondition, FieldViolation, InvalidRequest, Unavailable
 from shared.logging import get_logger
 from shared.memory.modes import VramMode
@@ -78,7 +78,7 @@ class GatewayEngine:
         """
         submission = _of_caller(submission)
         asked = hashlib.sha256(parameters.SerializeToString(deterministic=True)).hexdigest()
-        if submission.request_id:
+        if is_request_id(submission.request_id):
             existing = await self._tracker.find_request(submission.request_id, asked, submission.key_id)
             if existing is not None:
                 return await self._estimated(existing)
@@ -106,7 +106,7 @@ class GatewayEngine:
         asked = hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()
         wishes = await asyncio.to_thread(parameters_of, request)
         numbered = [f"{submission.request_id}.{index}" if submission.request_id else "" for index in range(len(wishes))]
-        if numbered[0]:
+        if is_request_id(numbered[0]):
             first = await self._tracker.find_request(numbered[0], asked, submission.key_id)
             if first is not None:
                 return await self._batch(first.submission.batch_id)
@@ -149,6 +149,9 @@ class GatewayEngine:
         size = page_size or DEFAULT_PAGE_SIZE
         if (key_id := current_caller().key_filter) is not None:
             wanted = replace(wanted or JobFilter(), key_id=key_id)
+        for field in ("key_id", "batch_id", "label", "after_id"):
+            if wanted is not None and (control := control_character(getattr(wanted, field) or "")) is not None:
+                raise InvalidRequest.of(field, f"has the control character {control}, which nothing is named with")
         page = await self._tracker.page(page_size=size, page_token=page_token, wanted=wanted)
         return replace(page, jobs=tuple(await self._estimator.fill(page.jobs)))
 
@@ -194,7 +197,7 @@ class GatewayEngine:
         if job is None:
             ended = await self._tracker.get(job_id)
             raise FailedPrecondition(f"{job_id} is {ended.state.value}; only a queued or running job can be paused")
-        await self._to_the_end(self._pipeline.stop([job_id]))
+        await self._to_the_end(self._pipeline.set_aside(job_id))
         await self._tracker.changed(job)
         return job
 
@@ -224,7 +227,7 @@ class GatewayEngine:
         job = await self._seen(job_id, Action.MAKE)
         if not job.state.ended:
             raise FailedPrecondition(f"{job_id} is {job.state.value}; cancel it before deleting it")
-        await self._to_the_end(self._delete(job_id))
+        await self._to_the_end(self._pipeline.remove(job_id))
 
     async def video(self, job_id: str) -> Iterator[bytes]:
         """The finished mp4 in pieces below 1 MiB; reading them blocks.
@@ -340,12 +343,6 @@ class GatewayEngine:
     async def _cancel(self, job_id: str) -> None:
         if await self._pipeline.cancel(job_id):
             await asyncio.to_thread(self._artifacts.delete, job_id)
-
-    async def _delete(self, job_id: str) -> None:
-        # The row goes last: whatever a crash leaves behind can be deleted again.
-        await self._pipeline.forget(job_id)
-        await asyncio.to_thread(self._artifacts.delete, job_id)
-        await self._tracker.delete(job_id)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something that must not stop half-way because its caller hung up."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import queue
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import google_crc32c
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from safetensors.torch import save
 
 from ovi.common.v1 import generation_pb2, system_pb2, system_pb2_grpc, tensor_pb2
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
@@ -210,7 +212,9 @@ class DenoiseCall:
     inputs: dict[str, torch.Tensor]
     ended: threading.Event = field(default_factory=threading.Event)
     """Set when the call is over, however it ended."""
-    commands: queue.Queue[str | OviError | fusion_pb2.ModeLowered] = field(default_factory=queue.Queue)
+    commands: queue.Queue[str | OviError | fusion_pb2.ModeLowered | fusion_pb2.Checkpoint] = field(
+        default_factory=queue.Queue
+    )
 
     def step(self) -> None:
         """Finish the next step."""
@@ -223,6 +227,14 @@ class DenoiseCall:
     def lower(self, mode: system_pb2.VramMode.ValueType, reason: str) -> None:
         """Begin again in another mode."""
         self.commands.put(fusion_pb2.ModeLowered(vram_mode=mode, reason=reason))
+
+    def keep(self, checkpoint: fusion_pb2.Checkpoint) -> None:
+        """Give a checkpoint out."""
+        self.commands.put(checkpoint)
+
+    def pause(self) -> None:
+        """Stop for now."""
+        self.commands.put("pause")
 
     def fail(self, error: OviError) -> None:
         """End the call with an error."""
@@ -243,6 +255,11 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
         self.automatic = True
         self.refusals: queue.Queue[OviError] = queue.Queue()
         """Errors with which the next calls are refused."""
+        self.refused_checkpoint = ""
+        """Why no checkpoint is of use; empty: all are."""
+        self.pauses: queue.Queue[str] = queue.Queue()
+        """Names of runs that were to be paused."""
+        self.knows_runs = True
         super().__init__()
 
     def add_to(self, server: grpc.Server) -> None:
@@ -251,6 +268,15 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
     def next_call(self) -> DenoiseCall:
         """The next Denoise call, when it comes."""
         return self.calls.get(timeout=WAIT_S)
+
+    def checkpoint(self, steps_done: int) -> fusion_pb2.Checkpoint:
+        """A checkpoint that is kept here until it is released."""
+        state = self.producer.publish(checkpoint_of(steps_done))
+        return fusion_pb2.Checkpoint(state=state, steps_done=steps_done)
+
+    def PauseRun(self, request, context):
+        self.pauses.put(request.run_id)
+        return fusion_pb2.PauseRunResponse(running=self.knows_runs)
 
     def Denoise(self, request, context):
         with _told(context):
@@ -268,7 +294,11 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
     def _events(self, call: DenoiseCall) -> Iterator[fusion_pb2.DenoiseResponse]:
         total = call.request.options.num_inference_steps
         index, finishing = 0, False
-        yield fusion_pb2.DenoiseResponse(begun=fusion_pb2.Begun())
+        begun = fusion_pb2.Begun()
+        if "checkpoint" in call.inputs:
+            begun.checkpoint_refused = self.refused_checkpoint
+            begun.steps_done = index = 0 if self.refused_checkpoint else steps_of(call.inputs["checkpoint"])
+        yield fusion_pb2.DenoiseResponse(begun=begun)
         mode = call.request.vram_mode or self.system.mode
         while index < total:
             command = "step" if finishing else call.commands.get(timeout=WAIT_S)
@@ -280,6 +310,12 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
                 index, mode = 0, command.vram_mode
                 yield fusion_pb2.DenoiseResponse(mode_lowered=command)
                 continue
+            if isinstance(command, fusion_pb2.Checkpoint):
+                yield fusion_pb2.DenoiseResponse(checkpoint=command)
+                continue
+            if command == "pause":
+                yield fusion_pb2.DenoiseResponse(paused=fusion_pb2.Paused())
+                return
             if command == "finish":
                 finishing = True
                 continue
@@ -321,7 +357,19 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
         )
 
 
-_INPUTS = ("prompt", "video_negative", "audio_negative", "first_frame_latent")
+_INPUTS = ("prompt", "video_negative", "audio_negative", "first_frame_latent", "checkpoint")
+
+
+def checkpoint_of(steps_done: int) -> torch.Tensor:
+    """A file that says after how many steps it was made."""
+    file = save({"state": torch.full((3,), float(steps_done))}, metadata={"steps_done": str(steps_done)})
+    return torch.frombuffer(bytearray(file), dtype=torch.uint8)
+
+
+def steps_of(file: torch.Tensor) -> int:
+    """What a file of `checkpoint_of` says."""
+    content = bytes(file.numpy())
+    return int(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["steps_done"])
 
 
 class ScriptedVae(_Stage, vae_pb2_grpc.VaeServiceServicer):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 from services.gateway.config import PipelineOptions
@@ -90,6 +90,8 @@ class Pipeline:
         self._wake = asyncio.Event()
         self._admitter: asyncio.Task[None] | None = None
         self._drops: set[asyncio.Task[None]] = set()
+        self._aside: dict[str, asyncio.Task[None]] = {}
+        """Paused jobs that are being let go of."""
         tracker.on_lost = self._on_lost
 
     async def launch(self) -> None:
@@ -138,15 +140,49 @@ class Pipeline:
         await self.stop([job_id])
         await self._workflows.forget(job_id)
 
+    async def set_aside(self, job_id: str) -> None:
+        """Stop working on a paused job when its denoise, if it is at one, has kept where it is.
+
+        Returns when nothing here works on it any more.
+        """
+        if job_id not in self._aside:
+            self._aside[job_id] = asyncio.create_task(self._set_aside(job_id))
+        await asyncio.shield(self._aside[job_id])
+
+    async def _set_aside(self, job_id: str) -> None:
+        try:
+            await self._work.set_aside(job_id)
+        finally:
+            await self.stop([job_id])
+            del self._aside[job_id]
+
+    async def remove(self, job_id: str) -> None:
+        """Delete an ended job and its files. The row goes last: what a crash leaves behind can be deleted again."""
+        await self.forget(job_id)
+        await asyncio.to_thread(self._files.delete, job_id)
+        await self._tracker.delete(job_id)
+
     async def drop(self, job_ids: Collection[str]) -> None:
-        """Stop working on jobs that have ended, are paused, or are another gateway's; files of cancelled ones go."""
-        await self.stop(job_ids)
+        """Stop working on jobs that have ended or are another gateway's, and let go of paused ones as they can be left.
+
+        Files of cancelled ones go. Returns when nothing here works on those that are not paused.
+        """
+        states: dict[str, JobState | None] = {}
         for job_id in job_ids:
+            self._tracker.abandon(job_id)
             try:
-                gone = (await self._tracker.get(job_id)).state is JobState.CANCELLED
+                states[job_id] = (await self._tracker.get(job_id)).state
             except NotFound:
-                gone = True
-            if gone:
+                states[job_id] = None
+            except DatabaseAway:
+                await self.stop(job_ids)
+                raise
+        paused = {job_id for job_id, state in states.items() if state is JobState.PAUSED}
+        for job_id in paused:
+            self._beside(self.set_aside(job_id))
+        await self.stop(states.keys() - paused)
+        for job_id, state in states.items():
+            if state is JobState.CANCELLED or state is None:
                 await asyncio.to_thread(self._files.delete, job_id)
 
     async def close(self) -> None:
@@ -177,6 +213,8 @@ class Pipeline:
         job = await self._tracker.in_thread(self._queue.claim, time.time())
         if job is None:
             return False
+        if job.id in self._aside:  # paused and resumed since: nothing of before may still be at work
+            await asyncio.wait({self._aside[job.id]})
         self._claimed.add(job.id)
         await self._tracker.claimed(job)
         try:
@@ -194,9 +232,12 @@ class Pipeline:
 
     def _on_lost(self, job_id: str) -> None:
         """What was written last of a job was refused: it is not this gateway's any more."""
-        dropping = asyncio.create_task(self.drop([job_id]))
-        self._drops.add(dropping)
-        dropping.add_done_callback(self._drops.discard)
+        self._beside(self.drop([job_id]))
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._drops.add(task)
+        task.add_done_callback(self._drops.discard)
 
     async def _make_clip(self, job_id: str) -> None:
         """The workflow."""
