@@ -57,7 +57,10 @@ def submission_from_proto(request: pb.CreateJobRequest | pb.BatchCreateRequest) 
     return Submission(
         request_id=request.request_id,
         priority=request.priority if request.HasField("priority") else DEFAULT_PRIORITY,
-        deadline_time_s=request.deadline.ToNanoseconds() / 1e9 if request.HasField("deadline") else None,
+        # Its seconds may be any 64-bit number.
+        deadline_time_s=request.deadline.seconds + request.deadline.nanos / 1e9
+        if request.HasField("deadline")
+        else None,
         label=request.label,
     )
 

@@ -5,7 +5,6 @@ The request comes as protobuf: its fields know whether they were given, and what
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,8 @@ MAX_LABEL_CHARACTERS = 200
 DEFAULT_VIDEO_NEGATIVE = "jitter, bad hands, blur, distortion"
 DEFAULT_AUDIO_NEGATIVE = "robotic, muffled, echo, distorted"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LAST_TIME_S = 253_402_300_799.0
+"""The end of the year 9999, the last that JSON can tell."""
 _ANY_LAYER = 1 << 32
 """Number of blocks taken where the model is unknown, so that no second error follows from the first."""
 
@@ -81,6 +82,16 @@ def validate(
     )
 
 
+def control_character(text: str) -> str | None:
+    """The first control character in a text, as "U+0007"; None if there is none."""
+    return next((f"U+{ord(c):04X}" for c in text if unicodedata.category(c) == "Cc"), None)
+
+
+def is_request_id(text: str) -> bool:
+    """True if jobs can be looked up by this."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
 class _Check:
     """Collects violations; every method gives a value to go on with even where it found one."""
 
@@ -98,12 +109,14 @@ class _Check:
         if not LOWEST_PRIORITY <= submission.priority <= HIGHEST_PRIORITY:
             what = f"got {submission.priority}, allowed is {LOWEST_PRIORITY} to {HIGHEST_PRIORITY}, higher ones first"
             self.wrong("priority", what)
-        if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s > now_s):
+        if deadline_s is not None and not now_s < deadline_s <= _LAST_TIME_S:
             what = f"got {deadline_s:.0f} (Unix seconds), allowed is a time after now, which is {now_s:.0f}"
             self.wrong("deadline", what)
         if len(submission.label) > MAX_LABEL_CHARACTERS:
             what = f"got {len(submission.label)} characters, allowed is at most {MAX_LABEL_CHARACTERS}"
             self.wrong("label", what)
+        if (control := control_character(submission.label)) is not None:
+            self.wrong("label", f"has the control character {control}; remove it")
 
     def model(self, parameters: pb.GenerationParameters, models: Mapping[str, ModelInfo]) -> ModelInfo | None:
         legal = runnable(models)
@@ -122,9 +135,8 @@ class _Check:
         if not fewest <= len(cleaned) <= MAX_PROMPT_CHARACTERS:
             what = f"got {len(cleaned)} characters, allowed is {fewest} to {MAX_PROMPT_CHARACTERS}"
             self.wrong(f"parameters.{field}", f"{what} (white space at the ends not counted)")
-        control = next((c for c in cleaned if unicodedata.category(c) == "Cc"), None)
-        if control is not None:
-            self.wrong(f"parameters.{field}", f"has the control character U+{ord(control):04X}; remove it")
+        if (control := control_character(cleaned)) is not None:
+            self.wrong(f"parameters.{field}", f"has the control character {control}; remove it")
         return cleaned
 
     def options(self, parameters: pb.GenerationParameters, model: ModelInfo | None) -> SamplingOptions:

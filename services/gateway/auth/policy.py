@@ -7,10 +7,7 @@ from services.gateway.auth.caller import Action
 _JOBS = "/ovi.gateway.v1.JobService/"
 _SYSTEM = "/ovi.common.v1.SystemService/"
 _READ = {
-    *(
-        _JOBS + name
-        for name in ("GetJob", "ListJobs", "WatchJob", "DownloadVideo", "QueueStats", "GetQueueStats", "BatchGetJobs")
-    ),
+    *(_JOBS + name for name in ("GetJob", "ListJobs", "WatchJob", "DownloadVideo", "QueueStats")),
     *(_SYSTEM + name for name in ("GetDevices", "WatchDevices", "GetPlan")),
     "/ovi.gateway.v1.ModelService/ListModels",
 }
@@ -19,7 +16,6 @@ _MAKE = {
     for name in (
         "CreateJob",
         "BatchCreate",
-        "BatchCreateJobs",
         "CancelJob",
         "DeleteJob",
         "PauseJob",
