@@ -20,7 +20,7 @@ _LOOPBACK = "127.0.0.1"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _RESTARTS = ("--max-restarts", "1000", "--monitor-interval", "0.2")
 """torchrun starts all ranks again when one fails; when it gives up, the supervisor starts torchrun again."""
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # glibc would map and unmap memory for every large message, which makes protobuf 10 to 25 times slower.
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "536870912",
@@ -194,7 +194,7 @@ def _service(options: StackOptions, name: str, address: str, arguments: list[str
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *_RESTARTS)
     command = (sys.executable, "-P", *(launcher if ranks > 1 else ()), "-m", f"services.{name}", *arguments)
     log_path = options.data_dir / "logs" / f"{name}.log"
-    environment = _ENVIRONMENT | _visible_gpus(options.memory)
+    environment = ENVIRONMENT | _visible_gpus(options.memory)
     return ServiceSpec(name, command, address, log_path, options.grace_s + 5, environment)
 
 
