@@ -355,6 +355,61 @@ def test_a_signed_link_opens_one_clip_without_a_key(gateway, people, keys):
         assert client.delete(link).status_code in (401, 405)
 
 
+class Socket:
+    """A Socket.IO connection by long polling, as bare as it gets."""
+
+    def __init__(self, gateway: GatewayUnderTest, auth: str, headers: dict[str, str] | None = None) -> None:
+        self._client = httpx.Client(base_url=gateway.http_url, headers=headers, timeout=CALL_S)
+        self._query = {"EIO": "4", "transport": "polling"}
+        self._query["sid"] = json.loads(self._poll()[0][1:])["sid"]
+        self._unread: list[str] = []
+        self._post(f"40{auth}")
+        self.answer = self._next("4")
+
+    def emit(self, event: str, content: Any) -> str:
+        """What is said to this client of an event: its name and content as JSON."""
+        self._post("42" + json.dumps([event, content]))
+        return self._next("42")
+
+    def _post(self, packet: str) -> None:
+        assert self._client.post("/socket.io/", params=self._query, content=packet).status_code == 200
+
+    def _next(self, kind: str) -> str:
+        while True:
+            self._unread += [] if self._unread else self._poll()
+            packet = self._unread.pop(0)
+            if packet == "2":
+                self._post("3")
+            elif packet.startswith(kind) and "job_update" not in packet:
+                return packet
+
+    def _poll(self) -> list[str]:
+        return self._client.get("/socket.io/", params=self._query).text.split("\x1e")
+
+
+@pytest.mark.parametrize("auth", ["", "{}", '{"token": ""}', '{"token": 5}', '{"token": "ovi_x"}', '["a"]', '"text"'])
+def test_sockets_without_a_good_key_are_not_connected(gateway, auth):
+    answer = Socket(gateway, auth).answer
+    assert answer.startswith("44") and "API key" in answer
+
+
+def test_sockets_act_for_their_keys(gateway, people, keys, data_dir):
+    job = people["ann"].end_of(people["ann"].create(seed=61).id)
+    by_token = Socket(gateway, json.dumps({"token": keys["ben"]}))
+    assert by_token.answer.startswith("40")
+    assert "there is no job" in by_token.emit("cancel_job", {"id": job.id})
+    viewing = Socket(gateway, "", {"authorization": f"Bearer {keys['eye']}"})
+    assert "needs user or higher" in viewing.emit("cancel_job", {"id": job.id})
+    key = new_key(data_dir, "Short")
+    ending = Socket(gateway, json.dumps({"token": key}))
+    assert "there is no job" in ending.emit("cancel_job", {"id": "x"})
+    key_id = next(entry["id"] for entry in listed_keys(data_dir) if entry["name"] == "Short")
+    ovi("keys", "revoke", key_id, "--data-dir", data_dir)
+    deadline_s = time.monotonic() + 10
+    while "revoked" not in ending.emit("cancel_job", {"id": "x"}):
+        assert time.monotonic() < deadline_s
+
+
 @pytest.mark.parametrize("job_id", ["../../etc/passwd", "..%2f..%2fetc", "job_/../x", "a\x00b", "~", "job_" + "é" * 26])
 def test_ids_never_become_paths(gateway, people, keys, job_id):
     ann = people["ann"]

@@ -95,7 +95,7 @@ class Gate:
             self._failures.take(where, _FAILURES_PER_MINUTE)
             self.audit.note(Caller(Role.VIEWER), "authenticate", address, "refused: unknown or revoked API key")
             raise Unauthenticated(f"this API key is unknown here or was revoked: {_HOW}")
-        self.charge(caller)
+        self._charge(caller)
         return replace(caller, sign=self.link)
 
     def admit_link(self, path: str, query: Mapping[str, str], address: str, job_id: str) -> Caller | None:
@@ -135,12 +135,20 @@ class Gate:
         """A path of the HTTP port as it is told to clients: signed where keys are required."""
         return path if self._links is None else self._links.sign(path)
 
-    def charge(self, caller: Caller) -> None:
-        """Count a call within a connection that was let in before (a socket's event).
+    async def readmit(self, caller: Caller) -> None:
+        """Look again at a caller that was let in before, and count a call (a socket's event).
 
         Raises:
+            Unauthenticated: its key was revoked since.
             RateLimited: too many calls.
         """
+        if caller.key_id and caller.key_id != _ADMIN_FILE_ID:
+            key = await self._find(caller.key_id)
+            if key is None or key.revoke_time_s is not None:
+                raise Unauthenticated(f"this API key was revoked: {_HOW}")
+        self._charge(caller)
+
+    def _charge(self, caller: Caller) -> None:
         if caller.key_id:
             own = caller.limits.requests_per_minute
             self._key_calls.take(caller.key_id, self.options.requests_per_minute if own is None else own)

@@ -78,7 +78,7 @@ class StudioSockets:
             caller = await self._gate.admit(_credentials(environ, auth), address)
             held.enter_context(self._gate.watching(caller))
         except OviError as error:
-            raise ConnectionRefusedError(error.message) from None
+            raise socketio.exceptions.ConnectionRefusedError(error.message) from None
         self._held[sid] = held
         await self.server.save_session(sid, {_CALLER: caller, _ADDRESS: address})
         own = caller.key_filter
@@ -111,7 +111,7 @@ class StudioSockets:
                 try:
                     session = await self.server.get_session(sid)
                     caller: Caller = session[_CALLER]
-                    self._gate.charge(caller)
+                    await self._gate.readmit(caller)
                     self._gate.check(caller, Action.MAKE, f"socket {handle.__name__}", session[_ADDRESS])
                     if len(messages) != 1:
                         raise InvalidRequest.of("message", f"got {len(messages)} arguments, allowed is one object")
