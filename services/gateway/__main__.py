@@ -16,7 +16,7 @@ from services.gateway.auth.grpc_gate import GateInterceptor
 from services.gateway.auth.key_store import KeyStore
 from services.gateway.auth.limits import KeyLimitsBook
 from services.gateway.auth.options import AuthOptions, add_security_flags, security_options
-from services.gateway.config import GatewayOptions, PipelineOptions, StageAddresses
+from services.gateway.config import GatewayOptions, PipelineOptions, Retention, StageAddresses
 from services.gateway.database import CannotStart, DataDirLock, database_url
 from services.gateway.engine import GatewayEngine
 from services.gateway.fitting import Fitting
@@ -199,6 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
     add("--lease-s", type=float, default=20.0, help="with several gateways: seconds until one is given up")
+    keeps = "0 sets no limit (default: %(default)s)"
+    add("--retention-days", type=float, default=0.0, help=f"days that ended jobs and their clips are kept; {keeps}")
+    add("--retention-jobs", type=int, default=0, help=f"ended jobs that are kept, the last ones; {keeps}")
+    add("--retention-gib", type=float, default=0.0, help=f"GiB of files of ended jobs that are kept; {keeps}")
     add_http_flags(parser)
     add_security_flags(parser)
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
@@ -216,7 +220,12 @@ def main() -> None:
     args = parser.parse_args()
     try:
         pipeline = PipelineOptions(
-            args.max_concurrent_jobs, args.worker_wait_s, args.stage_timeout_s, args.lease_s, args.checkpoint_steps
+            max_concurrent_jobs=args.max_concurrent_jobs,
+            worker_wait_s=args.worker_wait_s,
+            stage_timeout_s=args.stage_timeout_s,
+            lease_s=args.lease_s,
+            checkpoint_steps=args.checkpoint_steps,
+            retention=Retention(args.retention_days * 86_400, args.retention_jobs, int(args.retention_gib * 2**30)),
         )
         database = database_url(args.database_url)
         stages = StageAddresses(args.text_encoder, _listed(args.fusion), _listed(args.vae))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -32,6 +32,28 @@ class StageAddresses:
 
 
 @dataclass(frozen=True)
+class Retention:
+    """How long ended jobs and their files are kept; the oldest go first. 0 sets no limit."""
+
+    max_age_s: float = 0.0
+    """Since a job ended."""
+    max_jobs: int = 0
+    """Ended ones."""
+    max_bytes: int = 0
+    """Of the files of all ended jobs."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything ever goes."""
+        return bool(self.max_age_s or self.max_jobs or self.max_bytes)
+
+    def __post_init__(self) -> None:
+        for flag, value in (("days", self.max_age_s), ("jobs", self.max_jobs), ("gib", self.max_bytes)):
+            if not value >= 0:
+                raise ValueError(f"--retention-{flag}: got {value}, allowed is 0 (no limit) or more")
+
+
+@dataclass(frozen=True)
 class PipelineOptions:
     """How jobs are worked on."""
 
@@ -43,6 +65,7 @@ class PipelineOptions:
     """Most seconds of one stage of one job, waiting included."""
     lease_s: float = 20.0
     """With several gateways: how long others wait for a sign of life before they take one's jobs; at least 2."""
+    retention: Retention = field(default_factory=Retention)
     checkpoint_steps: int = 10
     """Steps of a denoise from one checkpoint to the next, which bound what a killed worker costs; 0: none is kept."""
 

@@ -66,7 +66,7 @@ class JobSide:
         """The pipeline over some stages; called once, before `start`."""
         may_work: Callable[[], bool] = self._may_work
         self._pipeline = Pipeline(self._workflows, self.queue, self.tracker, work, artifacts, self._options, may_work)
-        self._keeper = Keeper(self.queue, self.tracker, self._pipeline, self._workflows, self._lease)
+        self._keeper = Keeper(self.queue, self.tracker, self._pipeline, self._workflows, self._lease, self._options.retention)
         hear = self._keeper.hear
         self._listener = Listener(self._url, self.executor_id, hear) if self._url is not None else None
         return self._pipeline

@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from services.gateway.auth.caller import NO_LIMITS, KeyLimits
+from services.gateway.config import Retention
 from services.gateway.database import database_url, open_database, open_postgres
-from services.gateway.jobs.admission import rank
 from services.gateway.jobs.domain import (
     ClipParameters,
     Ending,
@@ -305,3 +305,25 @@ def test_lists_are_filtered_in_both_directions(database, oldest_first):
     assert listed(key_id="a", states=states) == [i for i in order if ids.index(i) >= 4 and ids.index(i) % 2 == 0]
     assert listed(label="l1") == [job_id for job_id in order if ids.index(job_id) % 3 == 1]
     assert listed(after_id=order[4]) == order[5:]
+
+
+@pytest.mark.parametrize(
+    ("retention", "gone"),
+    [
+        (Retention(), 0),
+        (Retention(max_age_s=55.0), 5),
+        (Retention(max_jobs=4), 6),
+        (Retention(max_bytes=350), 7),
+        (Retention(max_age_s=25.0, max_jobs=9, max_bytes=999), 8),
+    ],
+)
+def test_ended_jobs_go_by_age_number_and_size_oldest_first(database, retention, gone):
+    gateway = Gateway(database, "a")
+    ids = [gateway.make() for _ in range(10)]
+    assert [gateway.claim() for _ in ids] == ids
+    waiting = gateway.make()
+    for index, job_id in enumerate(reversed(ids)):
+        gateway.store.finish(job_id, Ending.completed(VIDEO), NOW_S + 10 * index, num_bytes=100)
+    outlived = gateway.queue.outlived(retention, NOW_S + 100, limit=99)
+    assert outlived == ids[::-1][:gone] and waiting not in outlived
+    assert gateway.queue.outlived(retention, NOW_S + 100, limit=3) == outlived[:3]

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from services.gateway.config import Retention
 from services.gateway.jobs.admission import KeyQueue, Limits, QueueSnapshot, next_head
 from services.gateway.jobs.domain import Ending, Job, JobState, Progress, Setback
 from services.gateway.jobs.leases import database_now
@@ -161,6 +162,27 @@ class JobQueue:
         )
         with self._engine.connect() as connection:
             return [(row.cost_class, row.stage_seconds, row.end_time_s) for row in connection.execute(query)][::-1]
+
+    def outlived(self, retention: Retention, now_s: float, limit: int) -> list[str]:
+        """Ended jobs that are not to be kept any longer, at most `limit`, those that ended first before others."""
+        ended = jobs.c.end_time_s.is_not(None)
+        oldest = sa.select(jobs.c.id).where(ended).order_by(jobs.c.end_time_s)
+        with self._engine.connect() as connection:
+            number, size = connection.execute(
+                sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.num_bytes), 0)).where(ended)
+            ).one()
+            too_many = number - retention.max_jobs if retention.max_jobs else 0
+            too_large = int(size) - retention.max_bytes if retention.max_bytes else 0
+            ids: list[str] = []
+            for job_id, end_time_s, num_bytes in connection.execute(
+                oldest.add_columns(jobs.c.end_time_s, jobs.c.num_bytes).limit(limit)
+            ):
+                old = retention.max_age_s > 0 and end_time_s < now_s - retention.max_age_s
+                if not old and len(ids) >= too_many and too_large <= 0:
+                    break
+                ids.append(job_id)
+                too_large -= num_bytes
+        return ids
 
     def _next_id(self, connection: sa.Connection, now_s: float) -> str | None:
         begun = sa.select(jobs.c.id).where(_RUNNING, _FREE).order_by(jobs.c.seq).limit(1)

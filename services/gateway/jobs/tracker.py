@@ -50,6 +50,13 @@ class _Watcher:
         self.changed.set()
 
 
+def _is_behind(job: Job, told: Job | None) -> bool:
+    """Whether the table is not as far yet as what was told already of the same attempt."""
+    if told is None or (job.state, job.attempts) != (told.state, told.attempts):
+        return False
+    return job.progress.fraction < told.progress.fraction
+
+
 def _nothing(job_id: str) -> None:
     """Nobody wants to know."""
 
@@ -74,6 +81,7 @@ class JobTracker:
         self._lock = asyncio.Lock()
         self._live: dict[str, Job] = {}
         self._saved_s: dict[str, float] = {}
+        self._unsaved: set[str] = set()
         self._signalled_s: dict[str, float] = {}
         self._watchers: dict[str, set[_Watcher]] = {}
         self._watchers_of_all: set[_Watcher] = set()
@@ -183,6 +191,16 @@ class JobTracker:
                 with contextlib.suppress(DatabaseAway):
                     await self.in_thread(self._store.signal, job_id, progress)
 
+    async def keep_progress(self) -> None:
+        """Write down how far jobs are whose last step came too soon after the one before to be written."""
+        now_s = time.monotonic()
+        for job_id in list(self._unsaved):
+            live = self._live.get(job_id)
+            if live is None:
+                self._unsaved.discard(job_id)
+            elif now_s - self._saved_s.get(job_id, 0.0) >= _SAVE_INTERVAL_S:
+                await self._move(job_id, live.progress, keep=True)
+
     async def leave(self, job_id: str, stage: JobStage, seconds: float) -> None:
         """A stage was finished; kept at once."""
         self._metrics.stage_finished(stage.value, seconds)
@@ -251,7 +269,7 @@ class JobTracker:
                 except NotFound:
                     continue
                 for watcher in self._watchers.get(job_id, ()):
-                    if watcher.latest != job:
+                    if watcher.latest != job and not _is_behind(job, watcher.latest):
                         watcher.tell(job)
 
     @property
@@ -343,7 +361,9 @@ class JobTracker:
         job = self._live[job_id] = live.at(progress)
         self._tell(job)
         if not keep:
+            self._unsaved.add(job_id)
             return
+        self._unsaved.discard(job_id)
         self._saved_s[job_id] = time.monotonic()
         try:
             kept = await self.in_thread(self._store.save, job_id, progress, job.stage_seconds)
@@ -362,6 +382,7 @@ class JobTracker:
     def _forget(self, job_id: str) -> None:
         self._live.pop(job_id, None)
         self._saved_s.pop(job_id, None)
+        self._unsaved.discard(job_id)
         self._signalled_s.pop(job_id, None)
 
     def _freshest(self, job: Job) -> Job:

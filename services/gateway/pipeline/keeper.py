@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from services.gateway.config import Retention
 from services.gateway.disk import DatabaseAway
 from services.gateway.jobs.leases import Lease
 from services.gateway.jobs.queue import JobQueue
@@ -21,20 +22,28 @@ log = get_logger(__name__)
 
 _LOOK_S = 1.0
 _GUARD_S = 0.2
-_TIDY_S = 60.0
+_TIDY_S = 10.0
+_OUTLIVED_AT_ONCE = 200
 
 
 class Keeper:
     """Runs beside the pipeline. Without a lease this gateway is the only one, as the lock of its data folder says."""
 
     def __init__(
-        self, queue: JobQueue, tracker: JobTracker, pipeline: Pipeline, workflows: Workflows, lease: Lease | None
+        self,
+        queue: JobQueue,
+        tracker: JobTracker,
+        pipeline: Pipeline,
+        workflows: Workflows,
+        lease: Lease | None,
+        retention: Retention,
     ) -> None:
         self._queue = queue
         self._tracker = tracker
         self._pipeline = pipeline
         self._workflows = workflows
         self._lease = lease
+        self._retention = retention
         self._tasks: list[asyncio.Task[None]] = []
         self._unattended: set[str] = set()
         """Jobs that were this gateway's at the last look, but without anything that works on them."""
@@ -108,6 +117,7 @@ class Keeper:
         await self._take_from_lost()
         if await self._tracker.in_thread(self._queue.expire, time.time()):
             self._pipeline.wake()
+        await self._tracker.keep_progress()
         await self._tracker.reread(self._tracker.watched_elsewhere)
 
     async def _drop_strays(self) -> None:
@@ -138,3 +148,10 @@ class Keeper:
         if self._lease is not None:
             live = await self._tracker.in_thread(self._lease.live)
             await self._workflows.forget_executors(live)
+        while self._retention.limited:
+            read = self._queue.outlived
+            ids = await self._tracker.in_thread(read, self._retention, time.time(), _OUTLIVED_AT_ONCE)
+            for job_id in ids:
+                await self._pipeline.remove(job_id)
+            if len(ids) < _OUTLIVED_AT_ONCE:
+                break
