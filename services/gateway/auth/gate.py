@@ -21,6 +21,7 @@ from services.gateway.auth.keys import LONGEST_KEY, ApiKey, hash_of, id_of
 from services.gateway.auth.limits import KeyLimitsBook
 from services.gateway.auth.links import Links
 from services.gateway.auth.options import AuthOptions
+from services.gateway.disk import database_away_is_said
 from shared.errors import OviError, RateLimited, Unauthenticated
 from shared.logging import get_logger
 
@@ -203,7 +204,8 @@ class Gate:
         known = self._known.get(key_id)
         if known is not None and self._clock() - known[1] < _KNOWN_FOR_S:
             return known[0]
-        key = await asyncio.to_thread(self._store.find, key_id)
+        with database_away_is_said():
+            key = await asyncio.to_thread(self._store.find, key_id)
         self._known[key_id] = (key, self._clock())
         self._known.move_to_end(key_id)
         if len(self._known) > _MAX_KNOWN:

@@ -14,7 +14,7 @@ from services.gateway.artifacts import is_job_id
 from services.gateway.auth.caller import LOCAL, Caller, Role, acting_as
 from services.gateway.auth.gate import Gate, credentials_of
 from services.gateway.auth.policy import METRICS_PATH, SOCKET_PREFIX, action_of_http, is_open
-from shared.errors import OviError
+from shared.errors import OviError, Unauthenticated
 
 ErrorAnswer = Callable[[str, OviError], Response]
 """A refusal as the family of a path says it."""
@@ -64,7 +64,10 @@ class HttpGate:
                 if scope["type"] == "websocket":
                     await send({"type": "websocket.close", "code": _POLICY, "reason": error.message[:100]})
                     return
-                await self._answer(path, error)(scope, receive, send)
+                refusal = self._answer(path, error)
+                if isinstance(error, Unauthenticated):
+                    refusal.headers["www-authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
                 return
             held.enter_context(acting_as(caller))
             await self._app(scope, receive, send)
