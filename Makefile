@@ -25,7 +25,7 @@ FFPROBE_BINARY = $(shell uname -s | tr A-Z a-z)/$(subst aarch64,arm64,$(subst x8
 
 SOCKETIO_CLIENT := socket.io-client@4.8.4
 
-.PHONY: help setup protos generate test parity lint report ffprobe socketio secrets clean
+.PHONY: help setup protos generate test chaos parity lint report ffprobe socketio secrets clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -56,6 +56,9 @@ generate: setup  ## a clip from PROMPT into OUT; further flags in ARGS
 # A file's tests stay on one worker; `make test WORKERS=0` runs all of them in one process.
 test: setup ffprobe socketio  ## every test; pytest's own flags in ARGS
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+chaos: setup  ## long storms of kills over gateways and workers, with counts
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 parity: setup  ## golden vectors of GOLDEN, one line a comparison
 	@$(BIN)/python -m tests.parity.compare "$(GOLDEN)"

@@ -1,0 +1,1 @@
+"""Storms: everything is killed, again and again, while jobs run."""
