@@ -142,3 +142,24 @@ def test_gpus_are_reserved_where_they_are_used() -> None:
         "fusion-gpus": every,
         "vae-gpus": every,
     }
+
+
+def test_every_variable_is_explained() -> None:
+    used = set(re.findall(r"\$\{(OVI_\w+)", (ROOT / "compose.yaml").read_text()))
+    table = (ROOT / "docs" / "operations.md").read_text().partition("## Kubernetes")[0]
+    assert used <= set(re.findall(r"`(OVI_\w+)`", table))
+
+
+def test_passwords_are_made_once_and_are_closed_to_others(tmp_path: Path) -> None:
+    script = tmp_path / "deploy" / "make_secrets.sh"
+    script.parent.mkdir()
+    shutil.copy(ROOT / "deploy" / "make_secrets.sh", script)
+    subprocess.run([script], check=True, capture_output=True, timeout=30)
+    made = {path: path.read_text() for path in (tmp_path / ".env", tmp_path / "deploy" / "secrets" / "admin_key")}
+    lines = dict(line.split("=") for line in made[tmp_path / ".env"].splitlines())
+    assert set(lines) == set(SECRETS) and all(re.fullmatch("[0-9a-f]{64}", value) for value in lines.values())
+    assert len(set(lines.values())) == len(lines)
+    assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "deploy" / "secrets").stat().st_mode & 0o077 == 0
+    subprocess.run([script], check=True, capture_output=True, timeout=30)
+    assert {path: path.read_text() for path in made} == made

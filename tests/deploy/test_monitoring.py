@@ -65,6 +65,11 @@ def test_alerts_say_how_bad_it_is_and_what_to_do() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_every_alert_is_explained() -> None:
+    table = (ROOT / "docs" / "operations.md").read_text().partition("## What to watch")[2]
+    assert set(re.findall(r"\bOvi[A-Z]\w+", table)) == {rule["alert"] for rule in alerts()}
+
+
 def test_panels_have_places_units_and_words() -> None:
     panels = dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
