@@ -62,7 +62,6 @@ def keys(data_dir) -> dict[str, str]:
         "ben": new_key(data_dir, "Ben", "--role", "user"),
         "eye": new_key(data_dir, "Eye", "--role", "viewer"),
         "few": new_key(data_dir, "Few", "--requests-per-minute", "3"),
-        "daily": new_key(data_dir, "Daily", "--max-daily", "1"),
     }
 
 
@@ -296,8 +295,8 @@ def test_calls_of_a_key_are_limited(gateway, people, keys):
     people["ann"].jobs.ListJobs(pb.ListJobsRequest(), timeout=CALL_S)
 
 
-def test_jobs_a_day_are_limited(people):
-    daily = people["daily"]
+def test_jobs_a_day_are_limited_from_the_first_call(gateway, data_dir):
+    daily = showing(gateway, ("x-api-key", new_key(data_dir, "Daily", "--max-daily", "1")))
     first = daily.create(seed=31)
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
         daily.create(seed=32)

@@ -206,6 +206,9 @@ class Gate:
             return known[0]
         with database_away_is_said():
             key = await asyncio.to_thread(self._store.find, key_id)
+        if key is not None:
+            # One that was just made counts from its first call.
+            self._limits.add(key)
         self._known[key_id] = (key, self._clock())
         self._known.move_to_end(key_id)
         if len(self._known) > _MAX_KNOWN:

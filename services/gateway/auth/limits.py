@@ -21,3 +21,8 @@ class KeyLimitsBook:
     def write(self, keys: Iterable[ApiKey]) -> None:
         """Take these for all the keys there are."""
         self._limits = {key.id: key.limits for key in keys}
+
+    def add(self, key: ApiKey) -> None:
+        """Take these for one key."""
+        if self._limits.get(key.id) != key.limits:
+            self._limits = {**self._limits, key.id: key.limits}
