@@ -97,7 +97,8 @@ async def _run_owner(options: GatewayOptions) -> None:
         metrics,
         log_prompts=options.security.auth.log_prompts,
     )
-    backend = Backend(engine, job_side.database, clients, artifacts, metrics, phase, system, watcher)
+    kept_s = options.pipeline.retention.max_age_s
+    backend = Backend(engine, job_side.database, clients, artifacts, metrics, phase, system, watcher, kept_s)
     try:
         http_app = HttpApp(backend, options.http, gate)
     except ValueError as error:
@@ -197,6 +198,11 @@ def _parser() -> argparse.ArgumentParser:
         default=10,
         help="steps of a denoise from one checkpoint to the next; 0: none is kept (default: %(default)s)",
     )
+    add(
+        "--give-way",
+        action="store_true",
+        help="set a job at its denoise aside for one of higher priority; it goes on later from where it was",
+    )
     add("--stage-timeout-s", type=float, default=6 * 3600.0, help="most seconds of a stage (default: %(default)s)")
     add("--lease-s", type=float, default=20.0, help="with several gateways: seconds until one is given up")
     keeps = "0 sets no limit (default: %(default)s)"
@@ -225,6 +231,7 @@ def main() -> None:
             stage_timeout_s=args.stage_timeout_s,
             lease_s=args.lease_s,
             checkpoint_steps=args.checkpoint_steps,
+            give_way=args.give_way,
             retention=Retention(args.retention_days * 86_400, args.retention_jobs, int(args.retention_gib * 2**30)),
         )
         database = database_url(args.database_url)

@@ -68,6 +68,8 @@ class PipelineOptions:
     retention: Retention = field(default_factory=Retention)
     checkpoint_steps: int = 10
     """Steps of a denoise from one checkpoint to the next, which bound what a killed worker costs; 0: none is kept."""
+    give_way: bool = False
+    """Whether a job at its denoise is set aside for one of higher priority."""
 
     def __post_init__(self) -> None:
         if not self.lease_s >= _SHORTEST_LEASE_S:

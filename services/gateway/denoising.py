@@ -71,6 +71,7 @@ class Denoising:
         """Most steps that any attempt has finished."""
         self._worker: FusionClient | None = None
         self._keeping: asyncio.Task[None] | None = None
+        self._on_device = False
         self._setting_aside: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
         """Set while no attempt goes on that could still be set aside."""
@@ -82,6 +83,7 @@ class Denoising:
             OviError: by the table.
         """
         self._worker = worker
+        self._on_device = False
         self._stopped.clear()
         request = fusion_pb2.DenoiseRequest()
         request.CopyFrom(self._request)
@@ -98,6 +100,11 @@ class Denoising:
             if self._keeping is not None:
                 self._keeping.cancel()
                 await asyncio.wait({self._keeping})
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a worker has turned to it."""
+        return self._on_device and self._worker is not None
 
     async def set_aside(self, timeout_s: float) -> None:
         """Let the worker stop after its present step, and keep where it is.
@@ -155,6 +162,7 @@ class Denoising:
         raise CorruptTensor("the fusion service ended the stream without a result")
 
     async def _begun(self, begun: fusion_pb2.Begun) -> None:
+        self._on_device = True
         if begun.checkpoint_refused:
             log.warning("the kept checkpoint is of no use", job_id=self._job_id, reason=begun.checkpoint_refused)
             await asyncio.to_thread(self._artifacts.delete_checkpoint, self._job_id)

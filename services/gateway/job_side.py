@@ -22,6 +22,7 @@ from services.gateway.jobs.store import JobStore
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.migrations import migrate
+from services.gateway.pipeline.giving_way import GivingWay
 from services.gateway.pipeline.keeper import Keeper
 from services.gateway.pipeline.pipeline import Pipeline, Work
 from services.gateway.pipeline.workflows import Workflows
@@ -66,7 +67,10 @@ class JobSide:
         """The pipeline over some stages; called once, before `start`."""
         may_work: Callable[[], bool] = self._may_work
         self._pipeline = Pipeline(self._workflows, self.queue, self.tracker, work, artifacts, self._options, may_work)
-        self._keeper = Keeper(self.queue, self.tracker, self._pipeline, self._workflows, self._lease, self._options.retention)
+        self._keeper = Keeper(
+            self.queue, self.tracker, self._pipeline, self._workflows, self._lease, self._options.retention
+        )
+        self._giving_way = GivingWay(self.queue, self.tracker, self._pipeline, work)
         hear = self._keeper.hear
         self._listener = Listener(self._url, self.executor_id, hear) if self._url is not None else None
         return self._pipeline
@@ -80,6 +84,8 @@ class JobSide:
         await self._migrate()
         await self._keeper.start()
         await self._pipeline.launch()
+        if self._options.give_way:
+            self._giving_way.start()
         if self._listener is not None:
             self._listener.start()
 
@@ -87,6 +93,7 @@ class JobSide:
         """Stop working; unfinished jobs go on elsewhere, or here at the next start."""
         if self._listener is not None:
             await self._listener.stop()
+        await self._giving_way.stop()
         await self._keeper.stop()
         await self._pipeline.close()
         await self._keeper.end_lease()

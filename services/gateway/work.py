@@ -21,6 +21,7 @@ from services.gateway.config import PipelineOptions
 from services.gateway.denoising import Denoising
 from services.gateway.images import ImageStore
 from services.gateway.jobs.domain import Job, JobStage, VideoInfo
+from services.gateway.jobs.giving_way import Denoise
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog
@@ -138,6 +139,19 @@ class JobWork:
         denoising = self.denoising.get(job_id)
         if denoising is not None:
             await denoising.set_aside(self.options.worker_wait_s)
+
+    @property
+    def num_workers(self) -> int:
+        """Denoises that are made at the same time."""
+        return len(self.clients.fusion.workers)
+
+    async def denoises(self) -> list[Denoise]:
+        """Jobs at their denoise."""
+        made = []
+        for job_id, denoising in list(self.denoising.items()):
+            job = await self.tracker.get(job_id)
+            made.append(Denoise(job, denoising.on_device, job.progress.total - job.progress.done))
+        return made
 
     async def _denoised(
         self, job: Job, refs: Sequence[tensor_pb2.TensorRef], kept: int

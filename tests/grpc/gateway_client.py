@@ -43,6 +43,7 @@ class GatewayUnderTest:
         steps: int = 4,
         seed: int = 7,
         step_cache_threshold: float | None = None,
+        priority: int | None = None,
         **parameters: object,
     ) -> pb.Job:
         """Create a job of a few steps."""
@@ -53,7 +54,8 @@ class GatewayUnderTest:
             ),
             **parameters,
         )
-        return self.jobs.CreateJob(pb.CreateJobRequest(request_id=request_id, parameters=wanted), timeout=WAIT_S).job
+        request = pb.CreateJobRequest(request_id=request_id, parameters=wanted, priority=priority)
+        return self.jobs.CreateJob(request, timeout=WAIT_S).job
 
     def get(self, job_id: str) -> pb.Job:
         return self.jobs.GetJob(pb.GetJobRequest(id=job_id), timeout=WAIT_S).job

@@ -264,3 +264,39 @@ def test_a_paused_job_outlives_its_gateway(stages, data_dir):
         assert steps_of(call.inputs["checkpoint"]) == 3
         end = rest_of(gateway, job, call)[-1]
         assert end.state == pb.JOB_STATE_COMPLETED and gateway.download(job.id) == clip_of(35)
+
+
+def test_a_job_gives_way_to_one_of_higher_priority_and_goes_on_after_it(stages, data_dir):
+    with running_gateway(data_dir, *stages.flags, "--give-way", "--max-concurrent-jobs", "1") as gateway:
+        long = gateway.create(steps=20, seed=36, priority=1)
+        call = stages.fusion.next_call()
+        for _ in range(3):
+            call.step()
+        gateway.until(long.id, at_step(3))
+        urgent = gateway.create(steps=2, seed=37, priority=8)
+        assert stages.fusion.pauses.get(timeout=WAIT_S) == long.id
+        call.keep(stages.fusion.checkpoint(3))
+        call.pause()
+        first = stages.fusion.next_call()
+        assert first.request.run_id == urgent.id
+        assert gateway.get(long.id).state == pb.JOB_STATE_QUEUED
+        first.finish()
+        assert gateway.end_of(urgent.id).state == pb.JOB_STATE_COMPLETED
+        again = stages.fusion.next_call()
+        assert again.request.run_id == long.id and steps_of(again.inputs["checkpoint"]) == 3
+        end = rest_of(gateway, long, again)[-1]
+        assert end.state == pb.JOB_STATE_COMPLETED and gateway.download(long.id) == clip_of(36)
+        assert stages.fusion.pauses.empty()
+
+
+def test_without_the_flag_nobody_gives_way(stages, data_dir):
+    with running_gateway(data_dir, *stages.flags, "--max-concurrent-jobs", "1") as gateway:
+        long = gateway.create(steps=20, priority=1)
+        call = stages.fusion.next_call()
+        call.step()
+        gateway.until(long.id, at_step(1))
+        urgent = gateway.create(steps=2, priority=8)
+        call.finish()
+        assert gateway.end_of(long.id).state == pb.JOB_STATE_COMPLETED
+        stages.fusion.next_call().finish()
+        assert gateway.end_of(urgent.id).state == pb.JOB_STATE_COMPLETED and stages.fusion.pauses.empty()

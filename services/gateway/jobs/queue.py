@@ -72,6 +72,13 @@ class JobQueue:
                 connection.execute(served)
             return job
 
+    def head(self, now_s: float) -> Job | None:
+        """What `claim` would take; None if there is nothing."""
+        with self._engine.connect() as connection:
+            job_id = self._next_id(connection, now_s)
+            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).mappings().one_or_none()
+            return job_of(row) if row is not None else None
+
     def release(self, job_ids: Sequence[str] | None = None) -> int:
         """Let go of running jobs of this gateway, or of all of them, so that any gateway can go on with them."""
         statement = sa.update(jobs).where(_RUNNING, jobs.c.owner == self._owner).values(owner="")

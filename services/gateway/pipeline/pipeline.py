@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from services.gateway.config import PipelineOptions
 from services.gateway.disk import DatabaseAway, database_away_is_said, disk_full_is_said
 from services.gateway.jobs.domain import Ending, Job, JobState, VideoInfo
+from services.gateway.jobs.giving_way import Denoise
 from services.gateway.jobs.queue import JobQueue
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.pipeline.workflows import CANCELLED, Workflows
@@ -44,6 +45,11 @@ class Work(Protocol):
     async def decode(self, job_id: str) -> VideoInfo: ...
 
     async def set_aside(self, job_id: str) -> None: ...
+
+    @property
+    def num_workers(self) -> int: ...
+
+    async def denoises(self) -> Sequence[Denoise]: ...
 
 
 class Files(Protocol):
@@ -106,6 +112,11 @@ class Pipeline:
     def wake(self) -> None:
         """There may be something in the queue."""
         self._wake.set()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further job is taken for now."""
+        return len(self._claimed) >= self._options.max_concurrent_jobs
 
     @property
     def claimed(self) -> frozenset[str]:
@@ -199,7 +210,7 @@ class Pipeline:
         while True:
             self._wake.clear()
             try:
-                while self._may_work() and len(self._claimed) < self._options.max_concurrent_jobs:
+                while self._may_work() and not self.is_full:
                     if not await self._take():
                         break
             except (DatabaseAway, DiskFull) as error:
