@@ -14,7 +14,7 @@ from PIL import Image
 
 from shared.errors import CheckpointError
 from tests.grpc.gateway_client import GatewayUnderTest
-from tests.grpc.scripted_stages import MODEL, ScriptedStages
+from tests.grpc.scripted_stages import MODEL
 from tests.http.clips import picture, tiny_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -276,15 +276,3 @@ def test_a_body_over_the_limit_is_refused(http: httpx.Client):
     assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
     chunked = http.post("/v1/images", content=(bytes(1 << 20) for _ in range(49)))
     assert chunked.status_code == 413 and chunked.json()["error"]["message"]
-
-
-def test_busy_and_draining_are_told_to_come_again(client, stages: ScriptedStages, http):
-    """The client's own retries: see test_limits for 429; here what the answers say."""
-    stages.fusion.stop()
-    try:
-        answer = http.get("/v1/models")
-        assert answer.status_code in (200, 503)
-        if answer.status_code == 503:
-            assert int(answer.headers["retry-after"]) >= 1 and answer.headers["x-should-retry"] == "true"
-    finally:
-        stages.fusion.start()

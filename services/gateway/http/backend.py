@@ -43,3 +43,5 @@ class Backend:
     phase: GatewayPhase
     system: StackSystem
     watcher: DeviceWatcher
+    kept_s: float = 0.0
+    """How long clips are kept after their end; 0: for ever, as far as their age goes."""

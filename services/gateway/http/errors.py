@@ -7,6 +7,7 @@ beside.
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Failure:
     """Stable machine-readable word."""
     message: str
     violations: tuple[FieldViolation, ...] = ()
-    retry_after_s: int | None = None
+    retry_after_s: float | None = None
 
 
 def failure_of(error: Exception) -> Failure:
@@ -146,7 +147,7 @@ def in_words_of(names: Mapping[str, str] | Callable[[str], str]) -> Iterator[Non
 def _headers(status: int, failure: Failure) -> dict[str, str]:
     headers = {}
     if failure.retry_after_s is not None and status in (429, 503):
-        headers["retry-after"] = str(max(1, round(failure.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(failure.retry_after_s)))
     headers["x-should-retry"] = "true" if status in _PASSING else "false"
     return headers
 

@@ -73,8 +73,13 @@ class DeletedVideo(BaseModel):
     object: Literal["video.deleted"] = "video.deleted"
 
 
-def video_of(job: Job) -> Video:
-    """The job as a video object."""
+def video_of(job: Job, kept_s: float) -> Video:
+    """The job as a video object.
+
+    Args:
+        job: is shown.
+        kept_s: how long clips are kept after their end; 0: for ever, as far as their age goes.
+    """
     wanted = job.parameters
     completed = job.state is JobState.COMPLETED
     return Video(
@@ -84,6 +89,7 @@ def video_of(job: Job) -> Video:
         progress=math.floor(job.progress.fraction * 100),
         created_at=int(job.create_time_s),
         completed_at=int(job.end_time_s) if completed and job.end_time_s is not None else None,
+        expires_at=int(job.end_time_s + kept_s) if kept_s and job.end_time_s is not None else None,
         prompt=wanted.prompt,
         remixed_from_video_id=job.submission.extras.get(REMIXED_FROM),
         seconds=str(wanted.num_frames // FPS),

@@ -56,7 +56,7 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
 
     def told(job: Job, response: Response) -> Video:
         response.headers[_POLL_HEADER] = str(poll_after_ms(job, time.time()))
-        return video_of(job)
+        return video_of(job, backend.kept_s)
 
     @router.post("", openapi_extra=body_of(CREATE_SCHEMA, "multipart/form-data", "application/json"))
     async def create_video(request: Request, response: Response) -> Video:
@@ -83,7 +83,7 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
             raise InvalidRequest.of("after", f"got {after!r}, allowed is the id of a video, or nothing")
         wanted = JobFilter(oldest_first=order == "asc", after_id=after)
         page = await engine.page(page_size=limit, page_token="", wanted=wanted)
-        videos = [video_of(job) for job in page.jobs]
+        videos = [video_of(job, backend.kept_s) for job in page.jobs]
         return VideoList(
             data=videos,
             first_id=videos[0].id if videos else None,
