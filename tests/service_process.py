@@ -129,6 +129,6 @@ def _start(module: str, arguments: list[str], ranks: int) -> subprocess.Popen[st
     environment = os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     if ranks == 1 and AVAILABLE:
         return start_warm(module, arguments, environment)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "5"]
+    launcher = ["-m", "shared.group.launch", "--nproc-per-node", str(ranks), "--max-restarts", "5"]
     command = [sys.executable, *(launcher if ranks > 1 else []), "-m", module, *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=_ROOT)

@@ -191,7 +191,7 @@ def _mode(options: StackOptions, name: str) -> VramMode:
 
 def _service(options: StackOptions, name: str, address: str, arguments: list[str], ranks: int = 1) -> ServiceSpec:
     # -P: a folder called "services" where the user happens to be must not be run instead of ours.
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *_RESTARTS)
+    launcher = ("-m", "shared.group.launch", "--nproc-per-node", str(ranks), *_RESTARTS)
     command = (sys.executable, "-P", *(launcher if ranks > 1 else ()), "-m", f"services.{name}", *arguments)
     log_path = options.data_dir / "logs" / f"{name}.log"
     environment = ENVIRONMENT | _visible_gpus(options.memory)

@@ -20,7 +20,14 @@ from shared.allocations import ALLOCATIONS
 from shared.device_memory import free_to_take
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
-from shared.group.ranks import Ranks, end_torchrun, end_with_parent, join_group, rank_device
+from shared.group.ranks import (
+    Ranks,
+    end_torchrun,
+    end_with_parent,
+    join_group,
+    rank_device,
+    require_protected_group,
+)
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
 from shared.memory.devices import Devices
@@ -147,6 +154,7 @@ def main() -> None:
     stage = replace(stage, device=rank_device(stage.device, ranks))
     execution = Execution(Kernels(args.kernels), args.graphs, WeightFormat(args.weights))
     try:
+        require_protected_group(ranks, insecure=args.insecure)
         plan = _choose_plan(args.plan, stage, execution.weights, ranks)
         options = FusionOptions(stage, args.model, execution, ranks, plan)
     except ValueError as error:

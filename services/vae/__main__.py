@@ -17,7 +17,7 @@ from services.vae.scratch import remove_abandoned
 from services.vae.servicer import VaeServicer
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
-from shared.group.ranks import Ranks, end_torchrun, end_with_parent, rank_device
+from shared.group.ranks import Ranks, end_torchrun, end_with_parent, rank_device, require_protected_group
 from shared.group.steps import stop_followers
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
@@ -94,9 +94,11 @@ def main() -> None:
     stage = replace(stage, device=rank_device(stage.device, ranks))
     if Kernels(args.kernels) is Kernels.FUSED and stage.device.type != "cuda":
         parser.error(f"--kernels fused needs CUDA, the device is {stage.device}; leave it out")
-    if problem := mode_problem(stage.vram_mode, stage.device, ranks.world_size):
+    problem = mode_problem(stage.vram_mode, stage.device, ranks.world_size)
+    problem = f"--vram-mode: {problem}" if problem else _group_problem(ranks, insecure=args.insecure)
+    if problem:
         configure_logging("vae", level=args.log_level, rank=ranks.rank)
-        get_logger(__name__).error("cannot start", reason=f"--vram-mode: {problem}")
+        get_logger(__name__).error("cannot start", reason=problem)
         if ranks.world_size > 1:
             end_torchrun()
         raise SystemExit(EXIT_BAD_CONFIG)
@@ -109,6 +111,14 @@ def main() -> None:
             run_follower(options, join_decoders(options))
     else:
         run_service("vae", args.log_level, options, run(options), ranks)
+
+
+def _group_problem(ranks: Ranks, *, insecure: bool) -> str:
+    try:
+        require_protected_group(ranks, insecure=insecure)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _chunk_length(text: str) -> int:

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from shared.group.control import ControlChannel
+from shared.tls import INSECURE_FLAG, is_loopback
 
+LOOPBACK = "127.0.0.1"
 EXIT_GROUP_FAILED = 4
 """Exit status of a rank that cannot go on because of another one; torchrun starts the group again."""
 _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -131,10 +133,55 @@ class Fellowship:
             os._exit(EXIT_GROUP_FAILED)
 
 
+def require_protected_group(ranks: Ranks, *, insecure: bool) -> None:
+    """Refuse ranks that meet where other machines can reach them, in plain text, unless that was asked for.
+
+    Args:
+        ranks: this process among its fellows.
+        insecure: plain text was asked for.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if ranks.world_size == 1 or insecure:
+        return
+    here = ranks.num_hosts == 1 and is_loopback(ranks.store_host) and not ranks.agent_serves_store
+    if not here:
+        raise ValueError(
+            f"the ranks of this group meet at {ranks.store_host} in plain text, where other machines reach them;"
+            " start those of one host with `python -m shared.group.launch` in place of torchrun,"
+            f" or add {INSECURE_FLAG} for a network that you trust"
+        )
+
+
+def serve_store(host: str, port: int, timeout: timedelta) -> TCPStore:
+    """A store that listens on this one interface; by itself PyTorch would listen on all of them.
+
+    Args:
+        host: a loopback address.
+        port: TCP port; 0 picks a free one.
+        timeout: of what is asked of it.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    listener = socket.create_server((host, port))
+    bound = listener.getsockname()[1]
+    return TCPStore(
+        host, bound, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def _meeting_store(ranks: Ranks) -> TCPStore:
+    serves = ranks.rank == 0 and not ranks.agent_serves_store
+    if serves and is_loopback(ranks.store_host):
+        return serve_store(ranks.store_host, ranks.store_port, _MEETING_TIMEOUT)
+    return TCPStore(ranks.store_host, ranks.store_port, ranks.world_size, is_master=serves, timeout=_MEETING_TIMEOUT)
+
+
 def join_group(ranks: Ranks, device: torch.device) -> Fellowship:
     """Meet the other ranks, which all call it once; on the device's backend (NCCL on CUDA, else gloo)."""
-    serves = ranks.rank == 0 and not ranks.agent_serves_store
-    tcp = TCPStore(ranks.store_host, ranks.store_port, ranks.world_size, is_master=serves, timeout=_MEETING_TIMEOUT)
+    tcp = _meeting_store(ranks)
     store = PrefixStore(f"ovi/{_name_meeting(tcp, ranks)}", tcp)
     here = socket.gethostname()
     store.set(f"process/{ranks.rank}", f"{here} {os.getpid()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 from collections.abc import Iterator
@@ -87,6 +88,19 @@ def run(service, request) -> pb.Result:
 
 def ranks_of(service) -> list[psutil.Process]:
     return [p for p in psutil.Process(service.process.pid).children(recursive=True) if "services.fusion" in p.cmdline()]
+
+
+def test_nothing_of_the_group_listens_beyond_the_loopback(service) -> None:
+    """Neither torchrun's store nor the ranks', nor gloo."""
+    listeners = [
+        # gRPC binds IPv4 addresses as IPv6 ones.
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in [psutil.Process(service.process.pid), *ranks_of(service)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listeners) >= RANKS, "gloo alone listens once a rank"
+    assert [address for address in listeners if not ipaddress.ip_address(address).is_loopback] == []
 
 
 @pytest.mark.parametrize("model", [MODEL, OTHER])

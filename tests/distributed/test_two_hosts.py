@@ -38,7 +38,7 @@ __all__ = ["checkpoints", "producer", "resolver"]
 
 @pytest.fixture(scope="module")
 def hosts(checkpoints, tmp_path_factory) -> Iterator[list[ServiceProcess]]:
-    flags = ("--checkpoints", str(checkpoints), "--device", "cpu", "--grace-s", "5", "--plan", "fsdp")
+    flags = ("--checkpoints", str(checkpoints), "--device", "cpu", "--grace-s", "5", "--plan", "fsdp", "--insecure")
     log_dir = tmp_path_factory.mktemp("hosts")
     with running_on_two_hosts("services.fusion", *flags, ranks_per_host=1, log_dir=log_dir) as hosts:
         yield hosts

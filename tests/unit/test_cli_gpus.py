@@ -79,7 +79,7 @@ def test_torchrun_starts_what_has_several_ranks(tmp_path, gpus, vae_gpus, device
     started = {}
     for service in (*plan.stages, plan.gateway):
         assert service.command[:2] == (sys.executable, "-P")
-        if "torch.distributed.run" in service.command:
+        if "shared.group.launch" in service.command:
             started[service.name] = int(service.command[service.command.index("--nproc-per-node") + 1])
     assert started == ranks
 
