@@ -11,6 +11,7 @@ ranks share the weights. On several ranks every plan is compared with rank 0 alo
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -177,7 +178,9 @@ def run_steps(subject: Subject, machine: Machine, plan: ParallelPlan, repeats: i
     cuda = machine.device.type == "cuda"
     if dist.is_initialized():
         dist.barrier()
+    gc.collect()  # sharded models refer to themselves
     if cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin_s = time.perf_counter()
     predict = bind(subject, machine, plan)

@@ -16,7 +16,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from shared.errors import OutOfMemory
 from shared.memory.choose import DeviceFacts
 from shared.memory.modes import VramMode
 from shared.system_proto import vram_mode_to_proto
+from shared.variants import VARIANTS
 
 GIB = 2**30
 LIMITS_GIB = {
@@ -61,6 +62,7 @@ class ModeRow:
 
     mode: str
     clip: str
+    device: str
     limit_gib: float
     refused: str
     """Why it could not be made within the limit; empty if it was. The fields below are then empty."""
@@ -133,22 +135,32 @@ def follow(stub: pb_grpc.JobServiceStub, job_id: str) -> tuple[pb.Job, list[floa
     return job, [after - before for before, after in itertools.pairwise(moments)]
 
 
-def plan(mode: VramMode, limit_gib: float, args: argparse.Namespace) -> DeviceChoice:
+def only(clip: str, checkpoints: Path, folder: Path) -> Path:
+    """A folder of links to checkpoints of which only those of a clip are there: what a stack takes, it takes for it."""
+    others = {variant.file for variant in VARIANTS.values() if variant.id != clip}
+    for file in checkpoints.rglob("*"):
+        name = file.relative_to(checkpoints)
+        if not file.is_dir() and str(name) not in others:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(file)
+    return folder
+
+
+def plan(mode: VramMode, limit_gib: float, checkpoints: Path, device: str) -> DeviceChoice:
     """What `ovi up` would choose on this GPU if it had no more memory than that.
 
     Raises:
         OutOfMemory: the mode does not fit; with the numbers.
     """
-    flags = DeviceFlags(args.device, gpus="1", vae_gpus="1", vram_mode=mode.value)
-    return choose_devices(flags, limited(gpus_for(args.device), limit_gib), args.checkpoints, say)
+    flags = DeviceFlags(device, gpus="1", vae_gpus="1", vram_mode=mode.value)
+    return choose_devices(flags, limited(gpus_for(device), limit_gib), checkpoints, say)
 
 
 def limited(gpus: Sequence[DeviceFacts], limit_gib: float) -> list[DeviceFacts]:
-    """The first GPU with at most so much memory."""
+    """GPUs with at most so much memory."""
     most = int(limit_gib * GIB)
-    return [
-        replace(gpu, total_bytes=min(gpu.total_bytes, most), free_bytes=min(gpu.free_bytes, most)) for gpu in gpus[:1]
-    ]
+    return [replace(gpu, total_bytes=min(gpu.total_bytes, most), free_bytes=min(gpu.free_bytes, most)) for gpu in gpus]
 
 
 def say(line: str) -> None:
@@ -156,15 +168,18 @@ def say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-async def make_clip(mode: VramMode, clip: str, limit_gib: float, args: argparse.Namespace) -> tuple[ModeRow, Path]:
+async def make_clip(
+    mode: VramMode, clip: str, device: str, limit_gib: float, args: argparse.Namespace
+) -> tuple[ModeRow, Path]:
     """A stack in this mode and a clip; the row without drift, and the clip's latents.
 
     Raises:
         OutOfMemory: see `plan`.
     """
-    choice = plan(mode, limit_gib, args)
     data_dir = args.data_dir / f"{mode.value}_{clip}"
-    options = StackOptions(data_dir, args.checkpoints, grpc_port=0, http_port=0, **vars(choice))
+    checkpoints = only(clip, args.checkpoints, args.data_dir / f"checkpoints_{clip}")
+    choice = plan(mode, limit_gib, checkpoints, device)
+    options = StackOptions(data_dir, checkpoints, grpc_port=0, http_port=0, **vars(choice))
     index = None if choice.memory is None else choice.memory.gpus[0]
     with DeviceMemory.watched(index) as memory:
         begun = time.perf_counter()
@@ -181,6 +196,7 @@ async def make_clip(mode: VramMode, clip: str, limit_gib: float, args: argparse.
     row = ModeRow(
         mode=mode.value,
         clip=clip,
+        device=device,
         limit_gib=limit_gib,
         refused="",
         estimate_gib=None if choice.memory is None else choice.memory.total_bytes / GIB,
@@ -195,28 +211,44 @@ async def make_clip(mode: VramMode, clip: str, limit_gib: float, args: argparse.
     return row, latents
 
 
-async def measure_modes(modes: Sequence[VramMode], clips: Sequence[str], args: argparse.Namespace) -> list[ModeRow]:
-    """Every clip in every mode."""
-    rows, first = [], dict[str, Path]()
-    for mode, clip in itertools.product(modes, clips):
-        limit_gib = LIMITS_GIB[mode][clip] if args.limits else 10_000.0
-        try:
-            row, latents = await make_clip(mode, clip, limit_gib, args)
-        except OutOfMemory as error:
-            row = ModeRow(mode.value, clip, limit_gib, refused=error.message)
-        else:
-            base, ours = load_file(first.setdefault(clip, latents)), load_file(latents)
-            drifts = (Drift.between([(ours[f"{kind}_latent"], base[f"{kind}_latent"])]) for kind in ("video", "audio"))
-            row = replace(row, **dict(zip(("video_drift", "audio_drift"), drifts, strict=True)))
-        rows.append(row)
-        sys.stdout.write(f"{row}\n")
-        sys.stdout.flush()
-    return rows
+async def measure_modes(
+    modes: Sequence[VramMode], clips: Sequence[str], args: argparse.Namespace, keep: Callable[[list[ModeRow]], object]
+) -> list[ModeRow]:
+    """Every clip in every mode, each device at the next one; `keep` gets the rows so far after each."""
+    made: dict[tuple[str, VramMode], tuple[ModeRow, Path | None]] = {}
+    cases = list(itertools.product(clips, modes))
+    waiting = iter(cases)
+
+    def rows() -> list[ModeRow]:
+        bases = {clip: made.get((clip, modes[0]), (None, None))[1] for clip in clips}
+        return [with_drift(*made[case], bases[case[0]]) for case in cases if case in made]
+
+    async def work(device: str) -> None:
+        for clip, mode in waiting:
+            limit_gib = LIMITS_GIB[mode][clip] if args.limits else 10_000.0
+            try:
+                made[clip, mode] = await make_clip(mode, clip, device, limit_gib, args)
+            except OutOfMemory as error:
+                made[clip, mode] = ModeRow(mode.value, clip, device, limit_gib, refused=error.message), None
+            say(f"{made[clip, mode][0]}")
+            keep(rows())
+
+    await asyncio.gather(*(work(device) for device in args.devices))
+    return rows()
+
+
+def with_drift(row: ModeRow, ours: Path | None, base: Path | None) -> ModeRow:
+    """The row with the difference of its latents from others."""
+    if ours is None or base is None:
+        return row
+    mine, theirs = load_file(ours), load_file(base)
+    drifts = (Drift.between([(mine[f"{kind}_latent"], theirs[f"{kind}_latent"])]) for kind in ("video", "audio"))
+    return replace(row, **dict(zip(("video_drift", "audio_drift"), drifts, strict=True)))
 
 
 async def measure_switches(modes: Sequence[VramMode], args: argparse.Namespace) -> list[Switch]:
     """A running stack, switched from mode to mode and back to the first."""
-    choice = plan(modes[0], 10_000.0, args)
+    choice = plan(modes[0], 10_000.0, args.checkpoints, args.devices[0])
     options = StackOptions(args.data_dir / "switches", args.checkpoints, grpc_port=0, http_port=0, **vars(choice))
     switches = []
     async with (
@@ -240,7 +272,8 @@ def refusals(modes: Sequence[VramMode], rows: Sequence[ModeRow], args: argparse.
             continue
         try:
             # What a stack may take is a little less than what is free.
-            chosen = plan(VramMode(row.mode), 0.95 * row.estimate_gib, args)
+            checkpoints = only(row.clip, args.checkpoints, args.data_dir / f"checkpoints_{row.clip}")
+            chosen = plan(VramMode(row.mode), 0.95 * row.estimate_gib, checkpoints, row.device)
         except OutOfMemory as error:
             said[f"{row.mode} {row.clip}"] = error.message
         else:
@@ -261,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--clips", default="720x720_5s,960x960_10s")
     add("--steps", type=int, default=6)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--devices", default="auto", help="auto, cpu, cuda, cuda:N; or several, each with a stack of its own at a time")
     add("--limits", action=argparse.BooleanOptionalAction, default=True, help="plan for no more than the mode's limit")
     add("--switches", action=argparse.BooleanOptionalAction, default=True, help="measure switching, too")
     add("--save", action="store_true", help="keep the result in benchmarks/results")
@@ -272,16 +305,25 @@ async def main() -> None:
     """Measure and print."""
     args = _parser().parse_args()
     args.checkpoints, args.data_dir = args.checkpoints.resolve(), args.data_dir.resolve()
+    args.devices = args.devices.split(",")
     modes = [VramMode(name) for name in args.modes.split(",")]
-    rows = await measure_modes(modes, args.clips.split(","), args)
-    switches = await measure_switches(modes, args) if args.switches else []
+
+    def save(rows: Sequence[ModeRow], **more: object) -> None:
+        if args.save:
+            cuda = torch.cuda.is_available() and args.devices != ["cpu"]
+            described = describe_run("memory", torch.device("cuda" if cuda else "cpu"), 1, args)
+            if (count := len(args.devices)) > 1:
+                more["note"] = f"modes side by side on {count} GPUs of a host, a stack each; cards differ by up to 2 %"
+            save_result(result_path(described), described | more, rows)
+
+    rows = await measure_modes(modes, args.clips.split(","), args, save)
+    sys.stdout.write("".join(f"{row}\n" for row in rows))
     said = refusals(modes, rows, args)
     sys.stdout.write("".join(f"{what}: {message}\n" for what, message in said.items()))
-    if args.save:
-        cuda = torch.cuda.is_available() and args.device != "cpu"
-        described = describe_run("memory", torch.device("cuda" if cuda else "cpu"), 1, args)
-        described |= {"switches": [asdict(switch) for switch in switches], "refusals": said}
-        save_result(result_path(described), described, rows)
+    save(rows, refusals=said)
+    if args.switches:
+        switches = await measure_switches(modes, args)
+        save(rows, refusals=said, switches=[asdict(switch) for switch in switches])
 
 
 if __name__ == "__main__":

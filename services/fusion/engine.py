@@ -14,7 +14,7 @@ import torch
 
 from services.fusion.checkpoint import FusionFile
 from services.fusion.holder import ModelHolder
-from services.fusion.memory.chunks import chunked
+from services.fusion.memory.chunks import chunked, in_turn
 from services.fusion.model.fusion import FusionModel
 from services.fusion.ops import Execution, select_ops
 from services.fusion.parallel.agreement import bind_agreement
@@ -344,18 +344,19 @@ class FusionEngine:
             negative=negative[0] if negative else None,
             first_frame_CHW=None if first is None else first[:, 0].to(self._device, torch.float32),
         )
-        token_chunk = self.plan(spec.model, mode).layout.token_chunk
-        return self._predictor(network, video_shape, len(noise.audio_SC), token_chunk), conditions
+        return self._predictor(network, video_shape, len(noise.audio_SC), self.plan(spec.model, mode)), conditions
 
     def _predictor(
-        self, network: FusionModel, video_shape: tuple[int, int, int], audio_length: int, token_chunk: int | None
+        self, network: FusionModel, video_shape: tuple[int, int, int], audio_length: int, plan: FusionPlan
     ) -> Predictor:
         """The model's passes for one shape; kept until another shape or variant comes, with what was recorded."""
-        kind = (*video_shape, audio_length, token_chunk)
+        token_chunk, saves = plan.layout.token_chunk, RECIPES[plan.mode].takes_turns
+        kind = (*video_shape, audio_length, token_chunk, saves)
         if self._bound is None or self._bound[0] != kind:
             self._bound = None
             rope = network.rope_tables(video_shape, audio_length).to(self._device)
-            ops = self.ops.ops if token_chunk is None else chunked(self.ops.ops, token_chunk)
+            ops = in_turn(self.ops.ops) if saves else self.ops.ops
+            ops = ops if token_chunk is None else chunked(ops, token_chunk)
             predictor = make_predictor(network, rope, ops, self._groups, graphs=self._execution.graphs)
             self._bound = (kind, predictor)
         return self._bound[1]

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from services.fusion.model.block import FusedBlock
-from services.fusion.model.fusion import FusionModel
+from services.fusion.model.fusion import FusionModel, GatedConv
 
 Modules = tuple[nn.Module, ...]
 _TEXT_PARTS = ("k", "v", "norm_k")
@@ -29,7 +29,9 @@ class Units:
     text_blocks: tuple[Modules, ...]
     """Of each fused block, what makes keys and values of a prompt."""
     stem: Modules
-    """What makes tokens and time rows."""
+    """What makes time rows, and what comes first in making tokens."""
+    audio_stem: tuple[Modules, ...]
+    """The rest of what makes audio tokens, layer by layer: together larger than a block."""
     blocks: tuple[Modules, ...]
     """Of each fused block, the rest."""
     heads: Modules
@@ -39,14 +41,16 @@ class Units:
         """The units of a model."""
         towers = (model.video_model, model.audio_model)
         blocks = [cls.of_block(block) for block in _fused(model)]
+        first, *_ = model.audio_model.patch_embedding
         return cls(
             text=tuple(tower.text_embedding for tower in towers),
             text_blocks=tuple(text for text, _ in blocks),
-            stem=tuple(
-                part
-                for tower in towers
-                for part in (tower.patch_embedding, tower.time_embedding, tower.time_projection)
+            stem=(
+                model.video_model.patch_embedding,
+                first,
+                *(part for tower in towers for part in (tower.time_embedding, tower.time_projection)),
             ),
+            audio_stem=tuple((layer,) for layer in _audio_stem(model)),
             blocks=tuple(rest for _, rest in blocks),
             heads=tuple(tower.head for tower in towers),
         )
@@ -73,6 +77,7 @@ class Entries:
     text: Enter
     text_block: Callable[[int], None]
     stem: Enter
+    audio_stem: Callable[[int], None]
     block: Callable[[int], None]
     heads: Enter
 
@@ -84,6 +89,8 @@ def announce(model: FusionModel, entries: Entries) -> None:
         _before(tower, "embed", entries.stem)
         _before(tower, "time_rows", entries.stem)
         _before(tower.head, "forward", entries.heads)
+    for index, layer in enumerate(_audio_stem(model)):
+        _before(layer, "forward", partial(entries.audio_stem, index))
     for index, block in enumerate(_fused(model)):
         for half in (block.video, block.audio):
             _before(half.cross_attn, "text_kv", partial(entries.text_block, index))
@@ -93,6 +100,13 @@ def announce(model: FusionModel, entries: Entries) -> None:
 
 def _fused(model: FusionModel) -> list[FusedBlock]:
     return [cast("FusedBlock", block) for block in model.fused_blocks]
+
+
+def _audio_stem(model: FusionModel) -> tuple[nn.Module, ...]:
+    """In the order in which they are used."""
+    *_, gated = model.audio_model.patch_embedding
+    assert isinstance(gated, GatedConv)
+    return gated.w1, gated.w3, gated.w2
 
 
 def _before(module: nn.Module, method: str, enter: Enter) -> None:

@@ -19,7 +19,7 @@ from shared.memory.modes import LOWER, RECIPES, TextEncoderPlace, VramMode, Weig
 from shared.memory.sizes import ClipTokens, FusionSizes, TextEncoderSizes, VaeSizes
 
 GIB = 2**30
-TOKEN_CHUNKS = (None, 8192, 2048)
+TOKEN_CHUNKS = (None, 8192, 4096, 2048)
 """Video tokens at once, tried in this order; fewer take less memory and leave the GPU's units idle more often."""
 LATENT_FRAMES_PER_STEP = (2, 1)
 TILE_LATENT_SIDES = (32, 24, 16, 12, 8)

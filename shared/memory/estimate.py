@@ -12,20 +12,27 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from shared.memory.modes import TextEncoderPlace, WeightFormat
-from shared.memory.sizes import ClipTokens, FusionSizes, TextEncoderSizes, VaeSizes
+from shared.memory.sizes import AUDIO_STEM_LAYERS, ClipTokens, FusionSizes, TextEncoderSizes, VaeSizes
 
 RING_BLOCKS = 3
 """Device buffers that streamed blocks, or layers of the text encoder, pass through: one in use, two on their way."""
-CONTEXT_BYTES = 512 << 20
-"""Of a process that uses a GPU: CUDA's context with the kernels of torch, cuBLAS and cuDNN. Measured, H200."""
+FUSION_CONTEXT_BYTES = 1024 << 20
+VAE_CONTEXT_BYTES = 832 << 20
+TEXT_ENCODER_CONTEXT_BYTES = 768 << 20
+"""Of a process that uses a GPU: CUDA's context with the kernels that it has loaded, and what the driver keeps to reach
+locked host memory. Measured, H200."""
 WORKSPACE_BYTES = 72 << 20
 """cuBLAS's, of two streams; from the measured peaks."""
 PICTURE_SIDE = 16
 """Pixels of a latent pixel's side."""
 
 CONTEXT = "CUDA context"
-ALLOCATOR_PART = 0.02
-"""Of what is asked for: torch's allocator rounds, and keeps pieces that fit nothing."""
+ALLOCATOR_PART = 0.01
+"""Of what stays: torch's allocator rounds."""
+FUSION_FRAGMENTS_PART = 0.12
+VAE_FRAGMENTS_PART = 0.20
+"""Of what comes and goes: pieces that the allocator keeps and that fit nothing. With less it gives memory back and
+takes it again all the time, for which the device has to stand still. Measured, H200, with segments that can grow."""
 
 _SCALE_BYTES = 4
 """Of a quantized row's scale."""
@@ -83,9 +90,14 @@ class Components:
         return sum(self.by_name.values())
 
     @property
+    def context(self) -> int:
+        """What the process takes of the device before its allocator takes anything; 0 if it does not use one."""
+        return self.by_name.get(CONTEXT, 0)
+
+    @property
     def reserved(self) -> int:
         """What the process's allocator has of them: all but the context, which no limit of the allocator counts."""
-        return self.total - self.by_name.get(CONTEXT, 0)
+        return self.total - self.context
 
     def without(self, *names: str) -> Components:
         """The others."""
@@ -179,12 +191,13 @@ def estimate_fusion(
         components["recorded steps"] = own_passes * prompt_bytes
     components["activations"] = _activations(sizes, clip, layout, sequence_degree, own_passes)
     components["workspaces"] = WORKSPACE_BYTES
-    return _with_context(components)
+    return _with_context(components, FUSION_FRAGMENTS_PART, FUSION_CONTEXT_BYTES)
 
 
-def _with_context(components: dict[str, int]) -> Components:
-    spare = int(ALLOCATOR_PART * sum(components.values()))
-    return Components({**components, "allocator": spare, CONTEXT: CONTEXT_BYTES})
+def _with_context(components: dict[str, int], fragments_part: float, context_bytes: int) -> Components:
+    fragments = fragments_part * components["activations"]
+    rounding = ALLOCATOR_PART * (sum(components.values()) - components["activations"])
+    return Components({**components, "allocator": int(fragments + rounding), CONTEXT: context_bytes})
 
 
 def _whole_weights(sizes: FusionSizes, layout: FusionLayout) -> dict[str, int]:
@@ -199,11 +212,16 @@ def _shared_weights(sizes: FusionSizes, layout: FusionLayout, weights_degree: in
 
 
 def _streamed_weights(sizes: FusionSizes, layout: FusionLayout) -> dict[str, int]:
-    """See services.fusion.memory: a block has a part for prompts, which passes through the ring apart from the rest."""
+    """See services.fusion.memory: a block has a part for prompts, which passes through the ring apart from the rest;
+    where not all blocks stay, the audio stem passes through it, too.
+    """
     layers, resident = range(sizes.num_layers), layout.resident_blocks(sizes.num_layers)
     steps = [block_bytes(sizes, layout.weights, index) - sizes.text_bytes_per_block for index in layers]
     through = [size for index, size in enumerate(steps) if index not in resident]
     kept = sizes.other_bytes - sizes.text_bytes + sum(steps[index] for index in resident)
+    if through:
+        kept -= sizes.audio_stem_bytes
+        through += [sizes.audio_stem_bytes // AUDIO_STEM_LAYERS] * AUDIO_STEM_LAYERS
     largest = max(sizes.text_bytes, sizes.text_bytes_per_block, *through)
     return {"weights": kept, "ring": min(RING_BLOCKS, 1 + sizes.num_layers + len(through)) * largest}
 
@@ -262,7 +280,8 @@ def estimate_vae(
     else:
         weights = sizes.decoder_bytes + sizes.encoder_bytes + sizes.sound_bytes
         activations = pictures + _SOUND_BYTES
-    return _with_context({"weights": weights, "activations": activations, "workspaces": WORKSPACE_BYTES})
+    components = {"weights": weights, "activations": activations, "workspaces": WORKSPACE_BYTES}
+    return _with_context(components, VAE_FRAGMENTS_PART, VAE_CONTEXT_BYTES)
 
 
 def _tile_side(side: int, tile_side: int) -> int:
@@ -279,6 +298,8 @@ def estimate_text_encoder(sizes: TextEncoderSizes, place: TextEncoderPlace) -> C
     activations = 2 * 4 * sizes.num_heads * sizes.max_tokens**2 + 16 * 4 * sizes.max_tokens * sizes.dim
     components = {"activations": activations, "workspaces": WORKSPACE_BYTES}
     if place is TextEncoderPlace.RESIDENT:
-        return _with_context({"weights": sizes.total_bytes, **components})
-    ring = min(RING_BLOCKS, sizes.num_layers) * sizes.layer_bytes
-    return _with_context({"ring": ring, "weights": sizes.other_bytes, **components})
+        components["weights"] = sizes.total_bytes
+    else:
+        ring = min(RING_BLOCKS, sizes.num_layers) * sizes.layer_bytes
+        components |= {"ring": ring, "weights": sizes.other_bytes}
+    return _with_context(components, FUSION_FRAGMENTS_PART, TEXT_ENCODER_CONTEXT_BYTES)

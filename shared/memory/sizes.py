@@ -11,6 +11,8 @@ _PATCH_AREA = 4
 """Latent pixels of a video token."""
 _AUDIO_KERNEL = 7
 """Rows that the audio stem's convolutions see."""
+AUDIO_STEM_LAYERS = 3
+"""Of the audio stem's gated convolutions, which are large."""
 _SQUARES_PER_TOWER = 8
 """Wide matrices of dim x dim in a tower's block: q, k, v, o; then q, o, k_fusion, v_fusion."""
 
@@ -38,6 +40,8 @@ class FusionSizes:
     """Everything else of a fused block, the text's part included: biases, norms, modulation."""
     other_bytes: int
     """Outside of blocks: stems, heads, and the embedding of prompts, too."""
+    audio_stem_bytes: int
+    """Of those, the audio stem's gated convolutions."""
     itemsize: int
     """Bytes of a value in the arithmetic's precision."""
 
@@ -66,7 +70,8 @@ class FusionSizes:
         video, audio = video_channels * _PATCH_AREA, audio_channels
         heads = sum(dim * out + out + 2 * dim for out in (video, audio))
         hidden = -(-(2 * 4 * dim // 3) // 256) * 256
-        stems = (video * dim + dim) + (_AUDIO_KERNEL * audio * dim + dim) + 3 * _AUDIO_KERNEL * dim * hidden
+        audio_stem = AUDIO_STEM_LAYERS * _AUDIO_KERNEL * dim * hidden
+        stems = (video * dim + dim) + (_AUDIO_KERNEL * audio * dim + dim) + audio_stem
         return cls(
             dim=dim,
             ffn_dim=ffn_dim,
@@ -79,6 +84,7 @@ class FusionSizes:
             block_bytes_rest=2 * rest * itemsize,
             text_bytes=2 * embedding * itemsize,
             other_bytes=(2 * (embedding + time) + heads + stems) * itemsize,
+            audio_stem_bytes=audio_stem * itemsize,
             itemsize=itemsize,
         )
 

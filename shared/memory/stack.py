@@ -20,7 +20,7 @@ from shared.memory.choose import (
     plan_fusion,
     plan_vae,
 )
-from shared.memory.estimate import CONTEXT_BYTES, Components, estimate_text_encoder, fusion_weight_bytes
+from shared.memory.estimate import Components, estimate_text_encoder, fusion_weight_bytes
 from shared.memory.modes import LOWER, RECIPES, TextEncoderPlace, VramMode
 from shared.memory.sizes import ClipShape, StackSizes
 
@@ -228,9 +228,8 @@ class _Case:
 
     def least_bytes(self, place: int) -> int:
         """What this takes of a GPU at least."""
-        least = {stage: self._least()[stage].reserved for stage in self._stages(place)}
-        together = max if RECIPES[self.mode].takes_turns else sum
-        return len(least) * CONTEXT_BYTES + together(least.values())
+        least = self._least()
+        return self._together({stage: least[stage] for stage in self._stages(place)})
 
     def plan(self) -> StackMemory:
         """Everything, if it fits."""
@@ -253,7 +252,6 @@ class _Case:
         text = TextEncoderPlan(self.mode, self.spread.text_encoder, self._least()[TEXT_ENCODER], room.get(TEXT_ENCODER))
         taken = {FUSION: fusion.components, VAE: vae.components, TEXT_ENCODER: text.components}
         needs = {stage: taken[stage].reserved for stage in self._stages(0)}
-        together = max if RECIPES[self.mode].takes_turns else sum
         return StackMemory(
             mode=self.mode,
             allocation=self.spread.allocation,
@@ -262,11 +260,20 @@ class _Case:
             fusion=fusion,
             vae=vae,
             text_encoder=text,
-            total_bytes=len(needs) * CONTEXT_BYTES + together(needs.values()),
+            total_bytes=self._together({stage: taken[stage] for stage in needs}),
             available_bytes=self.usable_bytes(0),
             host_bytes=self._host_bytes(),
             explanation="",
         )
+
+    def _together(self, stages: Mapping[str, Components]) -> int:
+        """What stages take of a GPU that they share: all contexts, and all else at once or, in turns, the most."""
+        together = max if RECIPES[self.mode].takes_turns else sum
+        return sum(each.context for each in stages.values()) + together(each.reserved for each in stages.values())
+
+    def _room_beside_contexts(self, place: int) -> int:
+        least = self._least()
+        return self.usable_bytes(place) - sum(least[stage].context for stage in self._stages(place))
 
     def _host_bytes(self) -> int:
         recipe, spread = RECIPES[self.mode], self.spread
@@ -303,19 +310,17 @@ class _Case:
 
     def _room(self, place: int, stage: str) -> int:
         """What a stage may take of a GPU if the others take the least."""
-        stages = self._stages(place)
-        room = self.usable_bytes(place) - len(stages) * CONTEXT_BYTES
+        least = self._least()
+        room = self._room_beside_contexts(place)
         if RECIPES[self.mode].takes_turns:
             return room
-        return room - sum(self._least()[other].reserved for other in stages if other != stage)
+        return room - sum(least[other].reserved for other in self._stages(place) if other != stage)
 
     def _shares(self, needs: Mapping[str, int]) -> dict[str, int]:
         """Of stages that are there at the same time: what is left over goes to each by what it needs."""
         parts = []
         for place in range(self.num_places):
-            stages = self._stages(place)
-            room = self.usable_bytes(place) - len(stages) * CONTEXT_BYTES
-            parts.append(room / sum(needs[stage] for stage in stages))
+            parts.append(self._room_beside_contexts(place) / sum(needs[stage] for stage in self._stages(place)))
         return {stage: int(need * min(parts)) for stage, need in needs.items()}
 
 

@@ -14,7 +14,13 @@ from shared.memory.choose import (
     plan_text_encoder,
     plan_vae,
 )
-from shared.memory.estimate import CONTEXT_BYTES, FusionLayout, estimate_fusion
+from shared.memory.estimate import (
+    FUSION_CONTEXT_BYTES,
+    TEXT_ENCODER_CONTEXT_BYTES,
+    VAE_CONTEXT_BYTES,
+    FusionLayout,
+    estimate_fusion,
+)
 from shared.memory.modes import RECIPES, TextEncoderPlace, VramMode, WeightFormat
 from shared.memory.sizes import RELEASED, RELEASED_FUSION, RELEASED_TEXT_ENCODER, RELEASED_VAE, ClipShape
 from shared.memory.stack import FUSION, TEXT_ENCODER, VAE, StackMemory, StackWish, plan_largest, plan_stack
@@ -126,10 +132,11 @@ def check_fits(plan: StackMemory, devices: list[DeviceFacts]) -> None:
     for stage in on_gpus:
         assert plans[stage].components.reserved <= plan.budgets[stage]
     for device in devices:
-        budgets = [plan.budgets[stage] for stage in on_gpus if device.index in plan.devices[stage]]
+        here = [stage for stage in on_gpus if device.index in plan.devices[stage]]
         together = max if RECIPES[plan.mode].takes_turns else sum
-        if budgets:
-            assert len(budgets) * CONTEXT_BYTES + together(budgets) <= device.free_bytes
+        if here:
+            contexts = sum(plans[stage].components.context for stage in here)
+            assert contexts + together(plan.budgets[stage] for stage in here) <= device.free_bytes
 
 
 @pytest.mark.parametrize("mode", list(VramMode))
@@ -172,7 +179,8 @@ def test_what_auto_chooses_for_a_card(free_gib: float, unified: bool, mode: Vram
 
 def test_auto_takes_a_lossy_mode_only_if_no_clip_can_be_made_without() -> None:
     budget = least_fusion(RELEASED_FUSION, CLIPS[0].tokens, VramMode.STREAMED).reserved
-    lossless = (budget + 3 * CONTEXT_BYTES) / GIB / 0.98 + 0.1
+    contexts = FUSION_CONTEXT_BYTES + VAE_CONTEXT_BYTES + TEXT_ENCODER_CONTEXT_BYTES
+    lossless = (budget + contexts) / GIB / 0.98 + 0.1
     plan, notes = plan_largest(cards(lossless), RELEASED, CLIPS)
     assert plan.mode is VramMode.STREAMED
     assert [note.partition(" ")[0] for note in notes] == ["960x960_5s", "960x960_10s"]

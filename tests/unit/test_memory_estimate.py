@@ -13,7 +13,8 @@ from torch import nn
 from cli.checkpoints.presets import PRESETS
 from services.fusion.checkpoint import FusionFile
 from services.fusion.memory.loading import load_streamed
-from services.fusion.model.config import RELEASED, FusionConfig
+from services.fusion.model.config import RELEASED as RELEASED_WIDTHS
+from services.fusion.model.config import FusionConfig
 from services.fusion.model.fusion import FusionModel
 from services.fusion.quantization import quantize
 from services.fusion.units import Units
@@ -24,6 +25,7 @@ from services.vae.model.video_decoder import VideoDecoder
 from services.vae.model.video_vae import wan_network
 from services.vae.model.vocoder import Vocoder
 from services.vae.ops import FusedOps
+from shared.memory.choose import DeviceFacts
 from shared.memory.estimate import (
     FusionLayout,
     block_bytes,
@@ -31,16 +33,20 @@ from shared.memory.estimate import (
     estimate_text_encoder,
     fusion_weight_bytes,
 )
-from shared.memory.modes import TextEncoderPlace, WeightFormat
+from shared.memory.modes import TextEncoderPlace, VramMode, WeightFormat
 from shared.memory.sizes import (
+    RELEASED,
     RELEASED_FUSION,
     RELEASED_TEXT_ENCODER,
     RELEASED_VAE,
+    ClipShape,
     ClipTokens,
     FusionSizes,
     TextEncoderSizes,
     VaeSizes,
 )
+from shared.memory.stack import StackWish, plan_stack
+from shared.variants import VARIANTS
 from tests.fusion_checkpoint import SMALL, write_variant
 
 GIB = 2**30
@@ -66,18 +72,19 @@ def meta_model(config: FusionConfig, dtype: torch.dtype) -> FusionModel:
 
 
 def test_the_released_sizes_are_those_of_the_released_widths() -> None:
-    assert fusion_sizes(RELEASED) == RELEASED_FUSION
+    assert fusion_sizes(RELEASED_WIDTHS) == RELEASED_FUSION
     released = dataclasses.asdict(PRESETS["full"].text_encoder)
     assert TextEncoderSizes.of_widths(**released, max_tokens=MAX_TOKENS) == RELEASED_TEXT_ENCODER
 
 
-@pytest.mark.parametrize(("config", "dtype"), [(RELEASED, torch.bfloat16), (TINY, torch.float32)])
+@pytest.mark.parametrize(("config", "dtype"), [(RELEASED_WIDTHS, torch.bfloat16), (TINY, torch.float32)])
 def test_fusion_sizes_are_those_of_the_module(config: FusionConfig, dtype: torch.dtype) -> None:
     model, sizes = meta_model(config, dtype), fusion_sizes(config, dtype.itemsize)
     text_parts = Units.of(model).text_blocks[3]
     assert num_bytes(model.fused_blocks[3]) == block_bytes(sizes, WeightFormat.NATIVE, 3)
     assert sum(num_bytes(part) for part in text_parts) == sizes.text_bytes_per_block
     assert sum(num_bytes(part) for part in Units.of(model).text) == sizes.text_bytes
+    assert [sum(map(num_bytes, layer)) for layer in Units.of(model).audio_stem] == 3 * [sizes.audio_stem_bytes // 3]
     assert num_bytes(model) == fusion_weight_bytes(sizes, WeightFormat.NATIVE)
 
 
@@ -191,6 +198,24 @@ def test_measured_peaks_of_fusion(clip, layout, degrees, measured_gib, more) -> 
     if degrees == (1, 1):
         estimated += 2 * PROMPT_BYTES  # those runs recorded their steps
     assert estimated / GIB == pytest.approx(measured_gib, rel=0.015)
+
+
+# benchmarks/results/memory_h200_1gpu_2026-11-21.json: most that a stack took of a GPU of so many GiB, with contexts.
+STACKS = [
+    (VramMode.STANDARD, "960x960_10s", 40.0, 36.73),
+    (VramMode.STANDARD, "720x720_5s", 36.0, 31.95),
+    (VramMode.STREAMED, "960x960_10s", 11.5, 10.35),
+    (VramMode.STREAMED, "720x720_5s", 10.0, 9.63),
+    (VramMode.ULTRA_LOW, "960x960_10s", 7.5, 7.56),
+    (VramMode.ULTRA_LOW, "720x720_5s", 7.0, 6.57),
+]
+
+
+@pytest.mark.parametrize(("mode", "clip", "gpu_gib", "measured_gib"), STACKS)
+def test_measured_peaks_of_stacks(mode: VramMode, clip: str, gpu_gib: float, measured_gib: float) -> None:
+    gpu = DeviceFacts("cuda:0", int(gpu_gib * GIB), int(gpu_gib * GIB), "9.0", unified=False)
+    plan = plan_stack([gpu], RELEASED, [ClipShape.largest_of(VARIANTS[clip])], StackWish(mode))
+    assert plan.total_bytes / GIB == pytest.approx(measured_gib, rel=0.1)
 
 
 def test_a_text_encoder_on_the_cpu_takes_nothing() -> None:

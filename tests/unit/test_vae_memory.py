@@ -70,7 +70,7 @@ def test_a_tile_is_decoded_with_what_it_depends_on(decoder: VideoDecoder) -> Non
     ("size", "budget_gib", "frames", "tile_side"),
     [
         ((960, 960), 20, 2, None),
-        ((960, 960), 13.5, 2, None),
+        ((960, 960), 15.5, 2, None),
         ((960, 960), 10, 1, None),
         ((960, 960), 6.3, 1, 32),
         ((736, 704), 10, 2, None),

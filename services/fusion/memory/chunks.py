@@ -18,16 +18,20 @@ from services.fusion.model.operations import KV, Attention, FeedForward, JointAt
 def chunked(ops: Ops, tokens: int) -> Ops:
     """The same operations over at most `tokens` tokens at once; attention over so many queries and all keys.
 
-    Equal up to rounding, and the same work for towers that have no more tokens. The towers take turns: side by side,
-    neither could use memory that the other has given back. A layer whose weight is held in 8 bits may scale it back for
-    every chunk, so chunks should not be much smaller than the weight is wide.
+    Equal up to rounding, and the same work for towers that have no more tokens. A layer whose weight is held in 8 bits
+    may scale it back for every chunk, so chunks should not be much smaller than the weight is wide.
 
     Args:
         ops: of one rank; what spreads tokens over ranks comes on top of it.
         tokens: at least 1.
     """
     assert tokens >= 1
-    return Ops(_chunked_tower(ops.video, tokens), _chunked_tower(ops.audio, tokens), _audio_first)
+    return in_turn(Ops(_chunked_tower(ops.video, tokens), _chunked_tower(ops.audio, tokens), ops.together))
+
+
+def in_turn(ops: Ops) -> Ops:
+    """The same operations, one tower after the other: side by side, neither can use memory that the other gave back."""
+    return ops._replace(together=_audio_first)
 
 
 def _audio_first(video: Callable[[], Any], audio: Callable[[], Any]) -> tuple[Any, Any]:

@@ -65,12 +65,17 @@ def load_streamed(
     model.eval()
     units = Units.of(model)
     text, stem, heads = (_to_host(modules, device) for modules in (units.text, units.stem, units.heads))
+    audio_stem = [_to_host(modules, device) for modules in units.audio_stem]
     first_of_step = 1 + num_layers
-    kept_blocks = {first_of_step + 1 + index for index in layout.resident_blocks(num_layers)}
+    first_block = first_of_step + 1 + len(audio_stem)
+    resident = {first_of_step, first_block + num_layers}
+    resident |= {first_block + index for index in layout.resident_blocks(num_layers)}
+    if layout.num_resident == num_layers:
+        resident |= set(range(first_of_step, first_block))
     stream = UnitStream(
-        [text, *text_blocks, stem, *blocks, heads],
+        [text, *text_blocks, stem, *audio_stem, *blocks, heads],
         first_of_step=first_of_step,
-        resident={first_of_step, first_of_step + 1 + num_layers} | kept_blocks,
+        resident=resident,
         device=device,
     )
     announce(model, entries_of(stream, num_layers))

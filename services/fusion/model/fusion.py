@@ -286,9 +286,10 @@ class FusionModel(nn.Module):
             Velocities of the latents' shapes, float32.
         """
         per_frame = video_CFHW.shape[2] * video_CFHW.shape[3] // PATCH_AREA
+        time = self.time_rows(timestep, clean_first_frame=clean_first_frame)
         values = self.transform(
             Tokens(self.video_model.embed(video_CFHW), self.audio_model.embed(audio_SC)),
-            self.time_rows(timestep, clean_first_frame=clean_first_frame),
+            time,
             per_frame if clean_first_frame else 0,
             branches,
             rope,

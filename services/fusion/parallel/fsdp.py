@@ -86,14 +86,16 @@ def shard_model(model: FusionModel, mesh: DeviceMesh) -> None:
 
     units = Units.of(model)
     text_units = [sharded(modules) for modules in (units.text, *units.text_blocks)]
-    step_units = [sharded(modules) for modules in (units.stem, *units.blocks, units.heads)]
+    step_units = [sharded(modules) for modules in (units.stem, *units.audio_stem, *units.blocks, units.heads)]
     conveyor = Conveyor(text_units, step_units)
     stem, last = len(text_units), len(text_units) + len(step_units) - 1
+    first_block = stem + 1 + len(units.audio_stem)
     entries = Entries(
         text=lambda: conveyor.enter(0),
         text_block=lambda index: conveyor.enter(1 + index),
         stem=lambda: conveyor.enter(stem),
-        block=lambda index: conveyor.enter(stem + 1 + index),
+        audio_stem=lambda index: conveyor.enter(stem + 1 + index),
+        block=lambda index: conveyor.enter(first_block + index),
         heads=lambda: conveyor.enter(last),
     )
     announce(model, entries)

@@ -105,9 +105,10 @@ class SequenceParallelModel(nn.Module):
         start = sum(sizes[: group.index])
         own = slice(start, start + sizes[group.index])
         clean = per_frame if clean_first_frame else 0
+        time = model.time_rows(timestep, clean_first_frame=clean_first_frame)
         values = model.transform(
             Tokens(model.video_model.embed(video_CFHW)[own], model.audio_model.embed(audio_SC)),
-            model.time_rows(timestep, clean_first_frame=clean_first_frame),
+            time,
             min(max(clean - start, 0), sizes[group.index]),
             branches,
             RopeTables(Rope(rope.video.rotation[own]), rope.audio),
