@@ -24,6 +24,8 @@ ENVIRONMENT = {
     # glibc would map and unmap memory for every large message, which makes protobuf 10 to 25 times slower.
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "536870912",
+    # Memory of a GPU that comes and goes in sizes of many kinds leaves fewer pieces that fit nothing.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     # Threads that spin while they wait take the cores from the other services, up to 20 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }

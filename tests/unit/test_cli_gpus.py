@@ -181,7 +181,7 @@ def test_stages_that_take_turns_may_each_use_what_there_is(tmp_path) -> None:
     assert {flag(stage, "--device") for stage in stages.values()} == {"cuda:1"}, "the one with more free memory"
     assert {flag(stage, "--vram-mode") for stage in stages.values()} == {"streamed"}
     (budget,) = {flag(stage, "--memory-gib") for stage in stages.values()}
-    assert 20 < float(budget or 0) <= 23 * 0.98 - 1.5
+    assert 19 < float(budget or 0) <= 23 * 0.98 - 2
     assert len(said) == 1 and said[0].startswith("streamed on cuda:1, lossless weights, stages take turns")
 
 
