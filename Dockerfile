@@ -33,13 +33,16 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
     && install --directory --owner=ovi --group=ovi --mode=0700 /data /var/cache/ovi /tmp/ovi-turns-10001 \
     && install --directory --owner=ovi --group=ovi /checkpoints
 COPY --from=packages /opt/ovi /opt/ovi
-# As `ovi up` sets them (cli/stack/plan.py): large messages are not mapped and unmapped, waiting threads do not spin.
+# As `ovi up` sets them, for the reasons that stand in cli/stack/plan.py.
+# and GPU memory leaves fewer pieces that fit nothing.
 ENV PATH=/opt/ovi/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     MALLOC_MMAP_THRESHOLD_=33554432 \
     MALLOC_TRIM_THRESHOLD_=536870912 \
+    PYTORCH_ALLOC_CONF=expandable_segments:True \
     OMP_WAIT_POLICY=PASSIVE \
+    PYTORCH_ALLOC_CONF=expandable_segments:True \
     TRITON_CACHE_DIR=/var/cache/ovi/triton \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /data

@@ -16,8 +16,9 @@ from services.fusion.model.operations import KV, Ops, TextKV, TowerOps
 from services.fusion.packing import pack_projections
 from services.fusion.quantization import quantize
 from shared.memory.modes import WeightFormat
+from tests.interpreted_fusion_kernels import normal
 from tests.live_bytes import LiveBytes
-from tests.unit.test_fusion_kernels import SMALL, normal, small_model
+from tests.unit.test_fusion_kernels import SMALL, small_model
 
 VIDEO, AUDIO_LENGTH = (48, 3, 6, 10), 13
 VIDEO_TOKENS = 45
