@@ -42,7 +42,6 @@ ENV PATH=/opt/ovi/bin:$PATH \
     MALLOC_TRIM_THRESHOLD_=536870912 \
     PYTORCH_ALLOC_CONF=expandable_segments:True \
     OMP_WAIT_POLICY=PASSIVE \
-    PYTORCH_ALLOC_CONF=expandable_segments:True \
     TRITON_CACHE_DIR=/var/cache/ovi/triton \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /data

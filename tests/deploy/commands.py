@@ -15,7 +15,8 @@ from torch.distributed.run import get_args_parser
 from shared.tensors.transport import TensorResolver
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = "torch.distributed.run"
+LAUNCHERS = ("torch.distributed.run", "shared.group.launch")
+"""torchrun, and around it the one for ranks of one host; both take torchrun's arguments."""
 ADMIN_KEY = "0123456789abcdef0123456789abcdef"
 CONSUMERS = {
     "fusion": ("text_encoder", "vae", "gateway"),
@@ -39,7 +40,7 @@ def resolve(command: Sequence[str], monkeypatch: pytest.MonkeyPatch, secrets: Pa
         secrets: folder for the administrator's key.
     """
     module, *arguments = command
-    if module == TORCHRUN:
+    if module in LAUNCHERS:
         launch = get_args_parser().parse_args(arguments)
         assert launch.module and launch.nproc_per_node in ("gpu", "8"), "torchrun runs a module, a rank a GPU"
         module, arguments = launch.training_script, launch.training_script_args
