@@ -39,6 +39,7 @@ from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from shared.errors import OutOfMemory
 from shared.memory.choose import DeviceFacts
 from shared.memory.modes import VramMode
+from shared.memory.stack import SPARE_PART
 from shared.system_proto import vram_mode_to_proto
 from shared.variants import VARIANTS
 
@@ -66,6 +67,8 @@ class ModeRow:
     limit_gib: float
     refused: str
     """Why it could not be made within the limit; empty if it was. The fields below are then empty."""
+    least_gib: float | None = None
+    """What would have done, with more streamed and decoded in smaller tiles."""
     estimate_gib: float | None = None
     peak_gib: float | None = None
     """Most that the device's memory grew, contexts included; None on a CPU."""
@@ -199,6 +202,7 @@ async def make_clip(
         device=device,
         limit_gib=limit_gib,
         refused="",
+        least_gib=None if choice.memory is None else choice.memory.least_bytes / GIB,
         estimate_gib=None if choice.memory is None else choice.memory.total_bytes / GIB,
         peak_gib=peak,
         service_peaks_gib=peaks(data_dir / "logs", 0)[0],
@@ -265,20 +269,16 @@ async def measure_switches(modes: Sequence[VramMode], args: argparse.Namespace) 
 
 
 def refusals(modes: Sequence[VramMode], rows: Sequence[ModeRow], args: argparse.Namespace) -> dict[str, str]:
-    """What is said where there is 5 % less than a mode's clip needs, by mode and clip."""
+    """What is said on a GPU that is 5 % too small for a mode's clip, by mode and clip."""
     said = {}
     for row in rows:
-        if row.estimate_gib is None or VramMode(row.mode) not in modes:
+        if row.least_gib is None or VramMode(row.mode) not in modes:
             continue
+        checkpoints = only(row.clip, args.checkpoints, args.data_dir / f"checkpoints_{row.clip}")
         try:
-            # What a stack may take is a little less than what is free.
-            checkpoints = only(row.clip, args.checkpoints, args.data_dir / f"checkpoints_{row.clip}")
-            chosen = plan(VramMode(row.mode), 0.95 * row.estimate_gib, checkpoints, row.device)
+            plan(VramMode(row.mode), 0.95 * row.least_gib / (1 - SPARE_PART), checkpoints, row.device)
         except OutOfMemory as error:
             said[f"{row.mode} {row.clip}"] = error.message
-        else:
-            assert chosen.memory is not None
-            said[f"{row.mode} {row.clip}"] = f"fits with fewer blocks on the device: {chosen.memory.explanation}"
     return said
 
 

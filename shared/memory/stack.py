@@ -25,7 +25,7 @@ from shared.memory.modes import LOWER, RECIPES, TextEncoderPlace, VramMode
 from shared.memory.sizes import ClipShape, StackSizes
 
 FUSION, VAE, TEXT_ENCODER = "fusion", "vae", "text_encoder"
-_SPARE_PART = 0.02
+SPARE_PART = 0.02
 """Of free memory, that is left alone: drivers and displays take some as they like."""
 
 
@@ -62,6 +62,8 @@ class StackMemory:
     """Most bytes of the first GPU at once: all contexts, and all stages or, where they take turns, the largest."""
     available_bytes: int
     """What may be used of it."""
+    least_bytes: int
+    """What the mode takes of it at least, everything that can give way having given way."""
     host_bytes: int
     """Weights that the stages keep in host memory, in all."""
     explanation: str
@@ -107,7 +109,8 @@ def plan_stack(
         attempts = [_Case(emptiest, sizes, clips, mode, spread) for spread in _spreads(wish, mode, len(devices))]
         for case in attempts:
             if case.fits:
-                return _explained(case.plan(), case, refused)
+                plan = replace(case.plan(), least_bytes=min(each.least_bytes(0) for each in attempts))
+                return _explained(plan, case, refused)
         refused += attempts[-1:]
     if not refused:
         raise ValueError(f"{wish.mode.value} is for one GPU; with several, use standard or all_gpu")
@@ -224,7 +227,7 @@ class _Case:
 
     def usable_bytes(self, place: int) -> int:
         """Of a GPU."""
-        return int(self.devices[place].free_bytes * (1 - _SPARE_PART))
+        return int(self.devices[place].free_bytes * (1 - SPARE_PART))
 
     def least_bytes(self, place: int) -> int:
         """What this takes of a GPU at least."""
@@ -262,6 +265,7 @@ class _Case:
             text_encoder=text,
             total_bytes=self._together({stage: taken[stage] for stage in needs}),
             available_bytes=self.usable_bytes(0),
+            least_bytes=0,
             host_bytes=self._host_bytes(),
             explanation="",
         )

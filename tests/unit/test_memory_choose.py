@@ -23,7 +23,7 @@ from shared.memory.estimate import (
 )
 from shared.memory.modes import RECIPES, TextEncoderPlace, VramMode, WeightFormat
 from shared.memory.sizes import RELEASED, RELEASED_FUSION, RELEASED_TEXT_ENCODER, RELEASED_VAE, ClipShape
-from shared.memory.stack import FUSION, TEXT_ENCODER, VAE, StackMemory, StackWish, plan_largest, plan_stack
+from shared.memory.stack import FUSION, SPARE_PART, TEXT_ENCODER, VAE, StackMemory, StackWish, plan_largest, plan_stack
 from shared.variants import VARIANTS
 
 GIB = 2**30
@@ -154,6 +154,21 @@ def test_a_plan_fits(mode: VramMode, free_gib: tuple[float, ...]) -> None:
         assert plan.total_bytes <= plan.available_bytes
         assert plan.explanation.startswith(f"{plan.mode.value} on cuda:")
         assert ("LOSSY" in plan.explanation) != RECIPES[plan.mode].lossless
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=[clip.name for clip in CLIPS])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_5_percent_too_small_is_refused_with_the_numbers_and_what_would_fit(mode, clip) -> None:
+    least = plan_stack(cards(140), RELEASED, [clip], StackWish(mode)).least_bytes
+    need = least / GIB / (1 - SPARE_PART)
+    plan_stack(cards(need * 1.001), RELEASED, [clip], StackWish(mode))
+    with pytest.raises(OutOfMemory) as caught:
+        plan_stack(cards(need * 0.95), RELEASED, [clip], StackWish(mode))
+    said = (
+        f"{mode.value} needs {least / GIB:.1f} GiB on cuda:0 for {clip.name}, {0.95 * least / GIB:.1f} GiB may be used"
+    )
+    assert caught.value.message.startswith(f"{said}; ")
+    assert (" fits (" in caught.value.message) == (mode is not VramMode.ULTRA_LOW)
 
 
 @pytest.mark.parametrize(
