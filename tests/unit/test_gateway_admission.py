@@ -83,7 +83,7 @@ def test_estimates_count_what_is_before_and_what_is_under_way():
     running = Job("r", PARAMETERS, NOW_S, state=JobState.RUNNING, progress=Progress(JobStage.DENOISE, 5, 10))
     running = replace(running, stage_seconds={"encode_prompt": 2.0}, start_time_s=NOW_S - 17)
     assert remaining_s(running, model.cost(name)) == pytest.approx(23.0)
-    load = Load((running,), {name: 3}, lanes=1)
+    load = Load.of([running], {name: 3}, 1, model)
     waiting = Job("w", PARAMETERS, NOW_S)
     told = estimate(waiting, 2, load, model, NOW_S)
     assert told.position == 2 and told.start_time_s == pytest.approx(NOW_S + 23 + 60)

@@ -51,6 +51,7 @@ class CostModel:
 
     def __init__(self) -> None:
         self._seen: dict[str, deque[Mapping[str, float]]] = {}
+        self._medians: dict[str, dict[str, float]] = {}
 
     def learn(self, cost_class: str, stage_seconds: Mapping[str, float]) -> None:
         """A job of a class ended; seconds of its stages."""
@@ -58,6 +59,7 @@ class CostModel:
             kind, steps = _split(cost_class)
             unit = {stage: s / steps if stage == _DENOISE else s for stage, s in stage_seconds.items()}
             self._seen.setdefault(kind, deque(maxlen=_KEPT)).append(unit)
+            self._medians.pop(kind, None)
 
     def cost(self, cost_class: str) -> Cost | None:
         """What a job of a class takes; None if none of its kind has ended yet."""
@@ -65,8 +67,11 @@ class CostModel:
         seen = self._seen.get(kind)
         if not seen:
             return None
-        stages = dict.fromkeys(stage for job in seen for stage in job)
-        medians = {stage: statistics.median(job[stage] for job in seen if stage in job) for stage in stages}
+        medians = self._medians.get(kind)
+        if medians is None:
+            stages = dict.fromkeys(stage for job in seen for stage in job)
+            medians = {stage: statistics.median(job[stage] for job in seen if stage in job) for stage in stages}
+            self._medians[kind] = medians
         return Cost({stage: s * steps if stage == _DENOISE else s for stage, s in medians.items()})
 
     def mean_bottleneck_s(self, num_by_class: Mapping[str, int]) -> float | None:
@@ -97,18 +102,29 @@ def remaining_s(job: Job, cost: Cost) -> float:
 class Load:
     """What is before a job that waits."""
 
-    running: tuple[Job, ...]
-    num_by_class: Mapping[str, int]
-    """Of all jobs that wait."""
+    under_way_s: float
+    """What running jobs still keep the longest stage busy."""
+    each_s: float | None
+    """What a job that waits keeps it busy, on average; None: nothing is known of any of them."""
     lanes: int
     """Workers of the longest stage, at least 1."""
+
+    @classmethod
+    def of(cls, running: Iterable[Job], num_by_class: Mapping[str, int], lanes: int, model: CostModel) -> Load:
+        """The load of running jobs and, by cost class, of those that wait."""
+        under_way_s = 0.0
+        for job in running:
+            cost = model.cost(cost_class(job.parameters))
+            if cost is not None:
+                under_way_s += min(cost.bottleneck_s, remaining_s(job, cost))
+        return cls(under_way_s, model.mean_bottleneck_s(num_by_class), lanes)
 
 
 def estimate(job: Job, position: int, load: Load, model: CostModel, now_s: float) -> Estimate:
     """When a job that waits or runs gets on.
 
     Args:
-        job: QUEUED, PAUSED or RUNNING.
+        job: QUEUED or RUNNING.
         position: jobs that are begun before it.
         load: what else there is.
         model: of costs.
@@ -118,16 +134,7 @@ def estimate(job: Job, position: int, load: Load, model: CostModel, now_s: float
     if job.state is JobState.RUNNING:
         end_s = now_s + remaining_s(job, cost) if cost is not None else None
         return Estimate(0, job.start_time_s, end_s)
-    each_s = model.mean_bottleneck_s(load.num_by_class)
-    if cost is None or each_s is None:
+    if cost is None or load.each_s is None:
         return Estimate(position, None, None)
-    ahead_s = sum(_bottleneck_left_s(load.running, model)) + position * each_s
-    start_s = now_s + ahead_s / load.lanes
+    start_s = now_s + (load.under_way_s + position * load.each_s) / load.lanes
     return Estimate(position, start_s, start_s + cost.total_s)
-
-
-def _bottleneck_left_s(running: Iterable[Job], model: CostModel) -> Iterable[float]:
-    for job in running:
-        cost = model.cost(cost_class(job.parameters))
-        if cost is not None:
-            yield min(cost.bottleneck_s, remaining_s(job, cost))

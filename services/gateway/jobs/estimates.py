@@ -35,6 +35,7 @@ class QueueStats:
 class _Look:
     snapshot: QueueSnapshot
     load: Load
+    running: int
     time_s: float
     took_s: float
 
@@ -68,9 +69,11 @@ class Estimator:
     async def stats(self) -> QueueStats:
         """The queue now, or some seconds ago."""
         look = await self._look()
-        mean_s = self._model.mean_bottleneck_s(look.load.num_by_class) if look.snapshot.total else 0.0
-        wait_s = mean_s * look.snapshot.total / self._lanes if mean_s is not None else None
-        return QueueStats(look.snapshot.total, len(look.load.running), wait_s)
+        load, queued = look.load, look.snapshot.total
+        busy_s = load.under_way_s + queued * load.each_s if load.each_s is not None else None
+        if not queued:
+            busy_s = 0.0
+        return QueueStats(queued, look.running, busy_s / load.lanes if busy_s is not None else None)
 
     def _filled(self, job: Job, look: _Look) -> Job:
         if job.state not in (JobState.QUEUED, JobState.RUNNING):
@@ -95,6 +98,7 @@ class Estimator:
             self._model.learn(cost_class, stage_seconds)
             self._learned_until_s = end_time_s
         snapshot = self._queue.snapshot()
-        load = Load(tuple(self._queue.running()), snapshot.num_by_class, self._lanes)
+        running = self._queue.running()
+        load = Load.of(running, snapshot.num_by_class, self._lanes, self._model)
         ended_s = time.monotonic()
-        return _Look(snapshot, load, ended_s, ended_s - begun_s)
+        return _Look(snapshot, load, len(running), ended_s, ended_s - begun_s)

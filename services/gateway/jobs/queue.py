@@ -16,7 +16,7 @@ from services.gateway.config import Retention
 from services.gateway.jobs.admission import KeyQueue, Limits, QueueSnapshot, next_head
 from services.gateway.jobs.domain import Ending, Job, JobState, Progress, Setback
 from services.gateway.jobs.leases import database_now
-from services.gateway.jobs.schema import is_queued, job_of, jobs, key_usage, leases
+from services.gateway.jobs.schema import job_of, jobs, key_usage, leases
 from services.gateway.jobs.signals import Signal, send
 from services.gateway.jobs.store import change, columns_of, ending_columns, upsert, with_setback
 
@@ -24,7 +24,9 @@ MAX_OWNERS_LOST = 3
 """How often a job is taken up again after the gateway that worked on it was lost."""
 _ADMISSION_LOCK = 0x6F76_6902
 """Of PostgreSQL's advisory locks; gateways take jobs one after the other, so limits of keys hold for all of them."""
+_QUEUED = jobs.c.state == JobState.QUEUED.value
 _RUNNING = jobs.c.state == JobState.RUNNING.value
+_WAITING = (JobState.QUEUED, JobState.PAUSED)
 _FREE = jobs.c.owner == ""
 
 
@@ -149,7 +151,7 @@ class JobQueue:
     def snapshot(self) -> QueueSnapshot:
         """All jobs that wait."""
         columns = (jobs.c.key_id, jobs.c.rank, jobs.c.priority, jobs.c.cost_class)
-        query = sa.select(*columns).where(is_queued).order_by(jobs.c.key_id, jobs.c.rank, jobs.c.seq)
+        query = sa.select(*columns).where(_QUEUED).order_by(jobs.c.key_id, jobs.c.rank, jobs.c.seq)
         by_key: dict[str, list[tuple[float, int]]] = {}
         num_by_class: Counter[str] = Counter()
         with self._engine.connect() as connection:
@@ -201,12 +203,12 @@ class JobQueue:
 
     def _heads(self, connection: sa.Connection) -> list[KeyQueue]:
         """The queue of every key that has jobs waiting; reads an index by one step a key."""
-        keys = sa.select(sa.func.min(jobs.c.key_id).label("key_id")).where(is_queued).cte("keys", recursive=True)
-        following = sa.select(sa.func.min(jobs.c.key_id)).where(is_queued, jobs.c.key_id > keys.c.key_id)
+        keys = sa.select(sa.func.min(jobs.c.key_id).label("key_id")).where(_QUEUED).cte("keys", recursive=True)
+        following = sa.select(sa.func.min(jobs.c.key_id)).where(_QUEUED, jobs.c.key_id > keys.c.key_id)
         keys = keys.union_all(sa.select(following.scalar_subquery()).where(keys.c.key_id.is_not(None)))
         first = (
             sa.select(jobs.c.seq)
-            .where(is_queued, jobs.c.key_id == keys.c.key_id)
+            .where(_QUEUED, jobs.c.key_id == keys.c.key_id)
             .order_by(jobs.c.rank, jobs.c.seq)
             .limit(1)
             .scalar_subquery()
@@ -231,7 +233,8 @@ class JobQueue:
         return sa.exists().where(leases.c.executor_id == self._owner, leases.c.until_s > database_now(connection))
 
     def _expire(self, connection: sa.Connection, now_s: float) -> list[str]:
-        waits = jobs.c.state.in_([JobState.QUEUED.value, JobState.PAUSED.value])
+        # Told by what it is not: the index of deadlines is to be used, which is short, and not that of states.
+        waits = jobs.c.state.not_in([state.value for state in JobState if state not in _WAITING])
         # One that was begun has met its deadline.
         late = sa.and_(jobs.c.deadline_time_s.is_not(None), jobs.c.deadline_time_s <= now_s)
         what = (

@@ -65,12 +65,13 @@ jobs = sa.Table(
     sa.UniqueConstraint("id", name="uq_jobs_id"),
     sa.UniqueConstraint("key_id", "request_id", name="uq_jobs_request"),
     sa.Index("ix_jobs_state_seq", "state", "seq"),
+    # Has all that admission and positions look at.
+    sa.Index("ix_jobs_queue", "state", "key_id", "rank", "seq", "priority", "cost_class"),
     sa.Index("ix_jobs_key_state_seq", "key_id", "state", "seq"),
     sa.Index("ix_jobs_key_seq", "key_id", "seq"),
     sqlite_autoincrement=True,
 )
 # A query uses a partial index only if it has the same condition, with the same literals.
-is_queued = jobs.c.state == sa.literal_column("'queued'")
 has_batch = jobs.c.batch_id > sa.literal_column("''")
 has_label = jobs.c.label > sa.literal_column("''")
 
@@ -79,7 +80,6 @@ def _partial(name: str, *columns: sa.Column[Any], where: sa.ColumnElement[bool])
     return sa.Index(name, *columns, sqlite_where=where, postgresql_where=where)
 
 
-_partial("ix_jobs_queue", jobs.c.key_id, jobs.c.rank, jobs.c.seq, jobs.c.priority, jobs.c.cost_class, where=is_queued)
 _partial("ix_jobs_batch", jobs.c.batch_id, jobs.c.seq, where=has_batch)
 _partial("ix_jobs_label", jobs.c.label, jobs.c.seq, where=has_label)
 _partial("ix_jobs_deadline", jobs.c.deadline_time_s, where=jobs.c.deadline_time_s.is_not(None))

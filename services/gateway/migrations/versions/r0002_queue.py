@@ -92,10 +92,10 @@ def _create_jobs() -> None:
 
 def _create_indices() -> None:
     op.create_index("ix_jobs_state_seq", "jobs", ["state", "seq"])
+    op.create_index("ix_jobs_queue", "jobs", ["state", "key_id", "rank", "seq", "priority", "cost_class"])
     op.create_index("ix_jobs_key_state_seq", "jobs", ["key_id", "state", "seq"])
     op.create_index("ix_jobs_key_seq", "jobs", ["key_id", "seq"])
     partial = {
-        "ix_jobs_queue": (["key_id", "rank", "seq", "priority", "cost_class"], "state = 'queued'"),
         "ix_jobs_batch": (["batch_id", "seq"], "batch_id > ''"),
         "ix_jobs_label": (["label", "seq"], "label > ''"),
         "ix_jobs_deadline": (["deadline_time_s"], "deadline_time_s IS NOT NULL"),
