@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ class Artifacts:
         """
         path = self._checkpoint_path(job_id)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".part")
+        # Under a name of its own: a gateway that was held to be gone may wake up at its last checkpoint.
+        temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")
         try:
             temporary.write_bytes(memoryview(file.numpy()))  # type: ignore[arg-type]
             settle(temporary, path)
@@ -115,8 +117,10 @@ class Artifacts:
             return 0
 
     def delete_checkpoint(self, job_id: str) -> None:
-        """Forget where a denoise was."""
-        self._checkpoint_path(job_id).unlink(missing_ok=True)
+        """Forget where a denoise was, and what killed gateways left half-written."""
+        path = self._checkpoint_path(job_id)
+        for file in (path, *path.parent.glob(f"{path.stem}.*.part")):
+            file.unlink(missing_ok=True)
 
     def video_writer(self, job_id: str) -> VideoWriter:
         """A writer for the clip."""

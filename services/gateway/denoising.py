@@ -72,6 +72,8 @@ class Denoising:
         self._worker: FusionClient | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._on_device = False
+        self._offered = ""
+        """Id of the lease of the checkpoint in the present request."""
         self._setting_aside: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
         """Set while no attempt goes on that could still be set aside."""
@@ -87,14 +89,14 @@ class Denoising:
         self._stopped.clear()
         request = fusion_pb2.DenoiseRequest()
         request.CopyFrom(self._request)
-        lease_id = await self._offer(request)
+        self._offered = await self._offer(request)
         try:
             return await self._follow(worker, request, patience)
         except OviError:
             await self._kept_what_came()  # of a worker that was lost as well as of one that is out of reach
             raise
         finally:
-            self._tensors.store.release(lease_id)
+            self._tensors.store.release(self._offered)
             self._worker = None
             self._stopped.set()
             if self._keeping is not None:
@@ -163,14 +165,15 @@ class Denoising:
 
     async def _begun(self, begun: fusion_pb2.Begun) -> None:
         self._on_device = True
+        self._tensors.store.release(self._offered)
         if begun.checkpoint_refused:
             log.warning("the kept checkpoint is of no use", job_id=self._job_id, reason=begun.checkpoint_refused)
             await asyncio.to_thread(self._artifacts.delete_checkpoint, self._job_id)
-            if self.kept:
-                self.kept = 0
-                await self._begin_again(begun.checkpoint_refused, 0)
+            self.kept = 0
         elif begun.steps_done:
             log.info("the denoise goes on", job_id=self._job_id, steps_done=begun.steps_done)
+        if (await self._tracker.get(self._job_id)).progress.done > begun.steps_done:
+            await self._begin_again(begun.checkpoint_refused or "the denoise was cut", begun.steps_done)
         self._metrics.steps_repeated(max(0, self._furthest - begun.steps_done))
         self._furthest = max(self._furthest, begun.steps_done)
         await self._tracker.advance(self._job_id, begun.steps_done, self._request.options.num_inference_steps)

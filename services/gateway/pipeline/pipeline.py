@@ -57,6 +57,8 @@ class Files(Protocol):
 
     def delete(self, job_id: str) -> None: ...
 
+    def delete_checkpoint(self, job_id: str) -> None: ...
+
     def num_bytes(self, job_id: str) -> int: ...
 
 
@@ -261,6 +263,7 @@ class Pipeline:
         try:
             job = await self._tracker.get(job_id)
             ending = await self._ending(job)
+            await asyncio.to_thread(self._files.delete_checkpoint, job_id)  # that of a job that failed is of no use
             num_bytes = await asyncio.to_thread(self._files.num_bytes, job_id)
             await self._tracker.until_written(lambda: self._tracker.finish(job_id, ending, num_bytes))
         finally:
