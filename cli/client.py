@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 UPLOAD_CHUNK_BYTES = 1 << 20
 ENDED = frozenset({pb.JOB_STATE_COMPLETED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
+_BATCH_TIMEOUT_S = 120.0
 _CALL_TIMEOUT_S = 30.0
 _PATIENCE_S = 60.0
 """How long a gateway that has answered once may be away before a watch gives up."""
@@ -121,6 +122,42 @@ class GatewayClient:
             self._jobs.CancelJob(pb.CancelJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
         )
         return answer.job
+
+    async def pause(self, job_id: str) -> pb.Job:
+        """Set a job aside.
+
+        Raises:
+            NotFound: there is none of this id.
+            FailedPrecondition: it has ended.
+        """
+        # A running job answers when what it has made is kept.
+        answer: pb.PauseJobResponse = await self._call(
+            self._jobs.PauseJob(pb.PauseJobRequest(id=job_id), metadata=self._metadata)
+        )
+        return answer.job
+
+    async def resume(self, job_id: str) -> pb.Job:
+        """Put a paused job back into the queue.
+
+        Raises:
+            NotFound: there is none of this id.
+            FailedPrecondition: it is not paused.
+        """
+        answer: pb.ResumeJobResponse = await self._call(
+            self._jobs.ResumeJob(pb.ResumeJobRequest(id=job_id), timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
+        return answer.job
+
+    async def create_batch(self, request: pb.BatchCreateRequest) -> pb.BatchCreateResponse:
+        """Make many jobs, all or none.
+
+        Raises:
+            InvalidRequest: with what is wrong, row by row.
+        """
+        answer: pb.BatchCreateResponse = await self._call(
+            self._jobs.BatchCreate(request, timeout=_BATCH_TIMEOUT_S, metadata=self._metadata)
+        )
+        return answer
 
     async def delete(self, job_id: str) -> None:
         """Delete an ended job and its files.

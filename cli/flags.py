@@ -9,6 +9,7 @@ import typer
 
 DEFAULT_DATA_DIR = Path("data")
 DEFAULT_SERVER = "127.0.0.1:50050"
+DEFAULT_PRIORITY = 5
 
 DataDir = Annotated[
     Path,
@@ -53,6 +54,7 @@ VramModeFlag = Annotated[
 TextEncoderDevice = Annotated[str, typer.Option(help="Of the text encoder: auto, cpu, cuda or cuda:N.")]
 Server = Annotated[str, typer.Option(envvar="OVI_SERVER", help="HOST:PORT of a gateway's gRPC API.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")]
+Priority = Annotated[int, typer.Option(min=0, max=9, help="0 to 9; jobs with a higher one are begun first.")]
 GrpcPort = Annotated[int, typer.Option(help="Of the gateway; the stages take the next three. 0: any free ones.")]
 HttpPort = Annotated[int, typer.Option(help="Of the gateway's HTTP side. 0: any free one.")]
 Host = Annotated[

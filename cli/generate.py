@@ -62,6 +62,7 @@ class _Wanted:
     parameters: pb.GenerationParameters
     picture: bytes | None
     out: Path
+    priority: int
 
 
 def generate(
@@ -94,6 +95,7 @@ def generate(
     gpus: flags.Gpus = "auto",
     plan: flags.Plan = "auto",
     vram_mode: flags.VramModeFlag = "auto",
+    priority: flags.Priority = flags.DEFAULT_PRIORITY,
 ) -> None:
     """Make a clip. Without --server, uses the stack that runs on the data folder, or starts one for this clip alone.
 
@@ -111,7 +113,7 @@ def generate(
         parameters.vram_mode = vram_mode_to_proto(parse_mode(vram_mode))
         if size is not None:
             parameters.width, parameters.height = parse_size(size)
-        wanted = _Wanted(parameters, None if image is None else _read_picture(image), _writable(out))
+        wanted = _Wanted(parameters, None if image is None else _read_picture(image), _writable(out), priority)
         folder = data_dir.resolve()
         devices = DeviceFlags(device, text_encoder_device, gpus, plan, vram_mode=vram_mode)
         started = StackRequest(folder, checkpoints, preset, devices)
@@ -233,7 +235,7 @@ async def _generate(wanted: _Wanted, server: str | None, request: StackRequest, 
         if wanted.picture is not None:
             wanted.parameters.image_id = await client.upload_image(wanted.picture)
         # An id of our own, so that gRPC's transparent retries make no second job.
-        job = await client.create(pb.CreateJobRequest(request_id=uuid.uuid4().hex, parameters=wanted.parameters))
+        job = await client.create(_request(wanted))
         job_id = job.id
         try:
             with job_view(console) as view:
@@ -252,6 +254,10 @@ async def _generate(wanted: _Wanted, server: str | None, request: StackRequest, 
     done.append(str(wanted.out), style="bold default")
     done.append(f"  {describe_video(job.video)}, seed {job.parameters.options.seed}", style="dim default")
     console.print(done, soft_wrap=True)
+
+
+def _request(wanted: _Wanted) -> pb.CreateJobRequest:
+    return pb.CreateJobRequest(request_id=uuid.uuid4().hex, parameters=wanted.parameters, priority=wanted.priority)
 
 
 async def _cancel(client: GatewayClient, job_id: str, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,9 @@ from ovi.gateway.v1 import gateway_pb2 as pb
 from shared.memory.modes import RECIPES, VramMode
 from shared.system_proto import vram_mode_from_proto
 
-jobs_app = typer.Typer(help="List, show, watch, cancel, delete and download jobs of a gateway.", no_args_is_help=True)
+jobs_app = typer.Typer(
+    help="List, show, watch, pause, cancel, delete and download jobs of a gateway.", no_args_is_help=True
+)
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Job id; `ovi jobs list` shows them.")]
 T = TypeVar("T")
@@ -34,7 +37,7 @@ T = TypeVar("T")
 def list_jobs(
     state: Annotated[
         list[str] | None,
-        typer.Option(help="Only these: queued, running, completed, failed, cancelled; may be repeated."),
+        typer.Option(help="Only these: queued, paused, running, completed, failed, cancelled; may be repeated."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most jobs to show.")] = 50,
     server: flags.Server = flags.DEFAULT_SERVER,
@@ -110,6 +113,50 @@ def cancel(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: 
 
 
 @jobs_app.command()
+def pause(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: flags.Json = False) -> None:
+    """Set a job aside: a queued one is not begun, a running one keeps what it has made."""
+    with errors_in_words():
+        _tell(_with_client(server, lambda client: client.pause(job_id)), as_json)
+
+
+@jobs_app.command()
+def resume(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: flags.Json = False) -> None:
+    """Put a paused job back into the queue."""
+    with errors_in_words():
+        _tell(_with_client(server, lambda client: client.resume(job_id)), as_json)
+
+
+@jobs_app.command()
+def batch(
+    table: Annotated[Path, typer.Argument(help="CSV or TSV with the columns text_prompt and, if wanted, image_path.")],
+    samples: Annotated[int, typer.Option(min=1, help="Clips of each prompt, with seeds counted up.")] = 1,
+    steps: Annotated[int, typer.Option(help="Solver steps.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the first clip of each prompt.")] = 100,
+    model: Annotated[str, typer.Option(help="Variant; default the server's first.", show_default=False)] = "",
+    priority: flags.Priority = flags.DEFAULT_PRIORITY,
+    server: flags.Server = flags.DEFAULT_SERVER,
+    as_json: flags.Json = False,
+) -> None:
+    """Queue a job for every row of a table: all of them, or none if one is wrong."""
+    with errors_in_words():
+        try:
+            rows = table.read_bytes()
+        except OSError as error:
+            raise UsageProblem(f"{table} cannot be read ({error.strerror})") from None
+        template = pb.GenerationParameters(model=model)
+        template.options.num_inference_steps, template.options.seed = steps, seed
+        request = pb.BatchCreateRequest(
+            request_id=uuid.uuid4().hex, table=rows, template=template, samples_per_prompt=samples, priority=priority
+        )
+        made = _with_client(server, lambda client: client.create_batch(request))
+        if as_json:
+            _print_json(made)
+            return
+        for job_id in made.job_ids:
+            typer.echo(job_id)
+
+
+@jobs_app.command()
 def delete(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER) -> None:
     """Delete an ended job, its clip and its latents."""
     with errors_in_words():
@@ -155,6 +202,13 @@ def _with_client(server: str, work: Callable[[GatewayClient], Awaitable[T]]) -> 
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
+def _tell(job: pb.Job, as_json: bool) -> None:
+    if as_json:
+        _print_json(job)
+    else:
+        typer.echo(f"{job.id} is {state_word(job.state)}")
+
+
 def _state(word: str) -> pb.JobState.ValueType:
     name = f"JOB_STATE_{word.upper()}"
     if name not in pb.JobState.keys() or name == "JOB_STATE_UNSPECIFIED":  # noqa: SIM118 (an enum wrapper, no dict)
@@ -187,7 +241,10 @@ def _print_job(job: pb.Job, as_json: bool) -> None:
         "stages": ", ".join(
             f"{name} {job.stage_seconds[key]:.1f} s" for key, name, _ in STAGES.values() if key in job.stage_seconds
         ),
+        "priority": str(job.priority),
         "progress": f"{job.progress.fraction:.0%}" if job.state not in ENDED else "",
+        "expected": _expected(job),
+        "begun again": "; ".join(setback.reason for setback in job.setbacks),
         "error": f"{job.error.message} ({job.error.code})" if job.HasField("error") else "",
         "video": f"{describe_video(job.video)}, {job.video.url_path}" if job.HasField("video") else "",
     }
@@ -215,6 +272,17 @@ def _memory(job: pb.Job) -> str:
     lossy = "" if RECIPES[used].lossless else ", lossy"
     instead = f", instead of {asked.value}" if asked not in (VramMode.AUTO, used) else ""
     return f"{used.value}{lossy}{instead}"
+
+
+def _expected(job: pb.Job) -> str:
+    """Of a job that waits or runs: its place, and when it is done."""
+    if not job.HasField("estimate"):
+        return ""
+    estimate = job.estimate
+    words = [f"{estimate.position} before it"] if job.state == pb.JOB_STATE_QUEUED else []
+    if estimate.HasField("end_time"):
+        words.append(f"done about {_local_time(estimate.end_time.ToDatetime(UTC))}")
+    return ", ".join(words)
 
 
 def _seconds(job: pb.Job) -> float | None:

@@ -19,6 +19,7 @@ STAGES: dict[pb.JobStage.ValueType, tuple[str, str, str]] = {
 
 STATE_STYLES: dict[pb.JobState.ValueType, str] = {
     pb.JOB_STATE_QUEUED: "yellow",
+    pb.JOB_STATE_PAUSED: "magenta",
     pb.JOB_STATE_RUNNING: "cyan",
     pb.JOB_STATE_COMPLETED: "green",
     pb.JOB_STATE_FAILED: "red",

@@ -17,9 +17,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cli.connection import Connection
-from cli.stack import child
 from cli.stack.logs import ServiceLog
 from cli.stack.plan import ServiceSpec
+from shared import death_signal
 from shared.errors import EXIT_BAD_CONFIG
 
 _HEALTH_POLL_S = 0.1
@@ -181,7 +181,7 @@ class SupervisedService:
         return status, 0.0 if since_s is None else time.monotonic() - since_s
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        wrapper = (sys.executable, "-I", "-S", child.__file__, str(os.getpid()))
+        wrapper = (sys.executable, "-I", "-S", death_signal.__file__, str(os.getpid()))
         return await asyncio.create_subprocess_exec(
             *wrapper,
             *self.spec.command,

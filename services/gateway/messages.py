@@ -160,4 +160,7 @@ def parameters_to_proto(parameters: ClipParameters) -> pb.GenerationParameters:
 def _timestamp(seconds: float | None) -> Timestamp | None:
     if seconds is None:
         return None
-    return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+    stamp = Timestamp()
+    # What a double can tell of such a number.
+    stamp.FromMicroseconds(round(seconds * 1e6))
+    return stamp

@@ -67,6 +67,22 @@ def test_a_clip_is_downloaded_whole(stack: RunningStack, finished: pb.Job, tmp_p
     assert (tmp_path / "other.mp4").read_bytes() == clip.read_bytes()
 
 
+def test_a_table_is_queued_and_its_jobs_are_set_aside_and_resumed(stack: RunningStack, tmp_path: Path) -> None:
+    server = ("--server", stack.address)
+    table = tmp_path / "table.csv"
+    table.write_text('text_prompt\n"a dog, far away"\na cat\n')
+    flags = ("--samples", "2", "--seed", "5", "--steps", "200", "--priority", "0")
+    (made,) = as_json(ovi(tmp_path, "jobs", "batch", str(table), *flags, "--json", *server))
+    shown = [as_json(ovi(tmp_path, "jobs", "show", job_id, "--json", *server))[0] for job_id in made["job_ids"]]
+    seeds = [(job["parameters"]["prompt"], job["parameters"]["options"]["seed"]) for job in shown]
+    assert seeds == [("a dog, far away", "5"), ("a dog, far away", "6"), ("a cat", "5"), ("a cat", "6")]
+    last = made["job_ids"][-1]
+    assert "is paused" in ovi(tmp_path, "jobs", "pause", last, *server)
+    assert "is queued" in ovi(tmp_path, "jobs", "resume", last, *server)
+    for job_id in made["job_ids"]:
+        ovi(tmp_path, "jobs", "cancel", job_id, *server)
+
+
 def test_a_job_is_cancelled_then_deleted(stack: RunningStack, tmp_path: Path) -> None:
     server = ("--server", stack.address)
     job = stack.create("to be deleted", steps=MANY_STEPS)
