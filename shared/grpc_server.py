@@ -133,12 +133,10 @@ async def _each_well_formed(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield _well_formed(message)
 
 
-@contextlib.contextmanager
-def _request_context(method: str, metadata: Sequence[tuple[str, str | bytes]]) -> Iterator[None]:
+def _request_fields(method: str, metadata: Sequence[tuple[str, str | bytes]]) -> dict[str, str]:
+    """What every log line of a call has."""
     given = dict(metadata).get(REQUEST_ID_KEY)
-    request_id = given[:128] if isinstance(given, str) else secrets.token_hex(8)
-    with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
-        yield
+    return {"request_id": given[:128] if isinstance(given, str) else secrets.token_hex(8), "method": method}
 
 
 Guard = Callable[[grpc.aio.ServicerContext], contextlib.AbstractAsyncContextManager[None]]
@@ -202,16 +200,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _guard(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        with _request_context(method, context.invocation_metadata() or ()):
-            try:
-                self._readiness.check()
-                yield
-            except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
-                raise
-            except Exception as error:
-                status = status_of(error)
-                log.info("call refused", code=status.code.name, **_reason(error))
-                await context.abort_with_status(status)
+        # For the rest of the task, which is this call's own. A stream that its caller leaves is closed by another task,
+        # where nothing could be taken back.
+        structlog.contextvars.bind_contextvars(**_request_fields(method, context.invocation_metadata() or ()))
+        try:
+            self._readiness.check()
+            yield
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            status = status_of(error)
+            log.info("call refused", code=status.code.name, **_reason(error))
+            await context.abort_with_status(status)
 
 
 def _reason(error: Exception) -> dict[str, object]:
@@ -237,16 +237,22 @@ class SyncErrorInterceptor(grpc.ServerInterceptor):
         if handler.unary_stream:
 
             def call_stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-                with _request_context(method, context.invocation_metadata()), _abort_on_error(context):
+                with _logged_as(method, context), _abort_on_error(context):
                     yield from handler.unary_stream(_well_formed(request), context)
 
             return grpc.unary_stream_rpc_method_handler(call_stream, read, handler.response_serializer)
 
         def call_unary(request: Any, context: grpc.ServicerContext) -> Any:
-            with _request_context(method, context.invocation_metadata()), _abort_on_error(context):
+            with _logged_as(method, context), _abort_on_error(context):
                 return handler.unary_unary(_well_formed(request), context)
 
         return grpc.unary_unary_rpc_method_handler(call_unary, read, handler.response_serializer)
+
+
+@contextlib.contextmanager
+def _logged_as(method: str, context: grpc.ServicerContext) -> Iterator[None]:
+    with structlog.contextvars.bound_contextvars(**_request_fields(method, context.invocation_metadata())):
+        yield
 
 
 @contextlib.contextmanager

@@ -141,6 +141,11 @@ def link(path: str) -> str:
     return _current.get(LOCAL).sign(path)
 
 
+def act_as(caller: Caller) -> None:
+    """From now on `current_caller` is this one, for the rest of the present task."""
+    _current.set(caller)
+
+
 @contextlib.contextmanager
 def acting_as(caller: Caller) -> Iterator[None]:
     """Inside, `current_caller` is this one. Set by whatever lets calls in: gRPC, HTTP, Socket.IO."""
