@@ -17,13 +17,13 @@ from services.fusion.parallel.plan import ParallelPlan, choose_plan
 from services.fusion.planner import standard_bytes
 from services.fusion.servicer import FusionServicer
 from shared.allocations import ALLOCATIONS
+from shared.death_signal import die_with_parent
 from shared.device_memory import free_to_take
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
 from shared.group.ranks import (
     Ranks,
     end_torchrun,
-    end_with_parent,
     join_group,
     rank_device,
     require_protected_group,
@@ -163,7 +163,7 @@ def main() -> None:
             end_torchrun()
         raise SystemExit(EXIT_BAD_CONFIG) from None
     if ranks.world_size > 1:
-        end_with_parent()
+        die_with_parent()
     if ranks.rank > 0:
         with refusing_bad_checkpoints(ranks):
             run_follower(options)

@@ -15,9 +15,10 @@ from services.vae.ops import Kernels
 from services.vae.request import MAX_LATENT_FRAMES
 from services.vae.scratch import remove_abandoned
 from services.vae.servicer import VaeServicer
+from shared.death_signal import die_with_parent
 from shared.device_worker import DeviceWorker
 from shared.errors import EXIT_BAD_CONFIG
-from shared.group.ranks import Ranks, end_torchrun, end_with_parent, rank_device, require_protected_group
+from shared.group.ranks import Ranks, end_torchrun, rank_device, require_protected_group
 from shared.group.steps import stop_followers
 from shared.grpc_server import GrpcService, serve
 from shared.logging import configure_logging, get_logger
@@ -104,7 +105,7 @@ def main() -> None:
         raise SystemExit(EXIT_BAD_CONFIG)
     options = VaeOptions(stage, args.chunk_latent_frames, Kernels(args.kernels), ranks)
     if ranks.world_size > 1:
-        end_with_parent()
+        die_with_parent()
     if ranks.rank > 0:
         configure_logging("vae", level=args.log_level, rank=ranks.rank)
         with refusing_bad_checkpoints(ranks):

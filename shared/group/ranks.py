@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -33,7 +31,6 @@ _LEAVING_TIMEOUT = timedelta(seconds=60)
 """How long a rank that is done waits for the others to be."""
 _HELLO_AGAIN = timedelta(seconds=5)
 _HELLOS = "ovi/hellos"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -238,14 +235,6 @@ def _name_meeting(store: TCPStore, ranks: Ranks) -> str:
         elif rest[0] == own:
             missing.discard(int(rest[1]))
     return own
-
-
-def end_with_parent() -> None:
-    """Be killed when torchrun is, so that no rank outlives its group (Linux; elsewhere the lost connections end it)."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def end_torchrun() -> None:
