@@ -32,8 +32,10 @@ async def json_object(request: Request) -> dict[str, Any]:
     return value
 
 
-def request_id_of(request: Request) -> str:
-    """The request_id that an Idempotency-Key stands for; empty without one. A key that is no plain word is hashed.
+def request_id_of(request: Request, longest: int = 128) -> str:
+    """The request_id that an Idempotency-Key stands for; empty without one.
+
+    A key that is no plain word of at most `longest` characters is hashed.
 
     Raises:
         InvalidRequest: longer than 255 characters.
@@ -42,6 +44,6 @@ def request_id_of(request: Request) -> str:
     if len(key) > _MAX_KEY_CHARACTERS:
         what = f"got {len(key)} characters, allowed is at most {_MAX_KEY_CHARACTERS}"
         raise InvalidRequest.of("Idempotency-Key", what)
-    if not key or _PLAIN.fullmatch(key):
+    if not key or (len(key) <= longest and _PLAIN.fullmatch(key)):
         return key
     return f"key-{hashlib.sha256(key.encode()).hexdigest()}"

@@ -103,7 +103,7 @@ def batches_router(backend: Backend) -> APIRouter:
             wanted = _parsed(await json_object(request))
             table = wanted.table.encode()
         submission = Submission(
-            request_id=wanted.request_id or request_id_of(request)[:100],
+            request_id=wanted.request_id or request_id_of(request, longest=100),
             priority=DEFAULT_PRIORITY if wanted.priority is None else wanted.priority,
             deadline_time_s=wanted.deadline_time.timestamp() if wanted.deadline_time is not None else None,
             label=wanted.label,

@@ -47,7 +47,7 @@ class StudioSockets:
         """What was last told of each job that has not ended."""
         self.server = socketio.AsyncServer(
             async_mode="asgi",
-            cors_allowed_origins=list(cors_origins) or None,
+            cors_allowed_origins="*" if "*" in cors_origins else list(cors_origins) or None,
             max_http_buffer_size=max_message_bytes,
             logger=False,
             engineio_logger=False,
