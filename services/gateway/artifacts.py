@@ -58,7 +58,7 @@ class Artifacts:
         """Keep the result of a denoise."""
         path = self._latents_path(job_id)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".part")
+        temporary = _temporary(path)
         tensors = {"video_latent": latents.video_CFHW.contiguous(), "audio_latent": latents.audio_SC.contiguous()}
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -95,8 +95,7 @@ class Artifacts:
         """
         path = self._checkpoint_path(job_id)
         path.parent.mkdir(exist_ok=True)
-        # Under a name of its own: a gateway that was held to be gone may wake up at its last checkpoint.
-        temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")
+        temporary = _temporary(path)
         try:
             temporary.write_bytes(memoryview(file.numpy()))  # type: ignore[arg-type]
             settle(temporary, path)
@@ -143,9 +142,11 @@ class Artifacts:
             while chunk := file.read(_DOWNLOAD_CHUNK_BYTES):
                 yield chunk
 
-    def num_bytes(self, job_id: str) -> int:
-        """Of all files of a job."""
+    def tidy(self, job_id: str) -> int:
+        """Remove what killed gateways left half-written of a job that has ended; bytes of the files that stay."""
         folder = self._folder(job_id)
+        for file in folder.glob("*.part"):
+            file.unlink(missing_ok=True)
         return sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
 
     def delete(self, job_id: str) -> None:
@@ -182,7 +183,7 @@ class VideoWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_suffix(".part")
+        self._temporary = _temporary(path)
         self._file = self._temporary.open("wb")
         self._checksum = google_crc32c.Checksum()
 
@@ -212,6 +213,11 @@ class VideoWriter:
             raise CorruptTensor(f"the clip did not arrive whole: {what}")
         self._file.close()
         settle(self._temporary, self._path)
+
+
+def _temporary(path: Path) -> Path:
+    """A name of its own for a file in the making: a gateway that was held to be gone may come back to its own."""
+    return path.with_suffix(f".{secrets.token_hex(4)}.part")
 
 
 def settle(temporary: Path, path: Path) -> None:

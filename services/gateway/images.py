@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class ImageStore:
         return (self._root / image_id).read_bytes()
 
     def _write(self, name: str, data: bytes) -> None:
-        temporary = self._root / f"{name}.{threading.get_ident()}.part"
+        temporary = self._root / f"{name}.{secrets.token_hex(4)}.part"
         try:
             temporary.write_bytes(data)
             settle(temporary, self._root / name)

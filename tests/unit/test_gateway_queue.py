@@ -207,10 +207,10 @@ def test_without_a_lease_nothing_is_taken(database):
     lose(database, "a")
     assert gateway.claim() is None
     gateway.lease.renew()
-    assert gateway.lease.valid and gateway.lease.live() == {"a"}
+    assert gateway.lease.valid and gateway.lease.known() == {"a"}
     assert gateway.claim() == job_id
     gateway.lease.end()
-    assert not gateway.lease.valid and gateway.lease.live() == set()
+    assert not gateway.lease.valid and gateway.lease.known() == set()
 
 
 def test_a_job_that_takes_its_gateways_with_it_is_given_up(database):

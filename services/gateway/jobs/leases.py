@@ -61,11 +61,10 @@ class Lease:
         # Counted from before the question: the database's time began later, so it ends later.
         self._until_s = asked_s + self._lease_s
 
-    def live(self) -> set[str]:
-        """Executor ids of all gateways whose lease lasts."""
+    def known(self) -> set[str]:
+        """Executor ids of all gateways that live, or may come back: their lease has not ended long ago."""
         with self._engine.connect() as connection:
-            query = sa.select(leases.c.executor_id).where(leases.c.until_s > database_now(connection))
-            return set(connection.execute(query).scalars())
+            return set(connection.execute(sa.select(leases.c.executor_id)).scalars())
 
     def end(self) -> None:
         """Give it up: others may take this gateway's jobs at once."""

@@ -22,6 +22,8 @@ log = get_logger(__name__)
 
 _LOOK_S = 1.0
 _GUARD_S = 0.2
+_BEGIN_S = 30.0
+"""After this time the engine is not expected any more to begin a workflow that it was given."""
 _TIDY_S = 10.0
 _OUTLIVED_AT_ONCE = 200
 
@@ -128,6 +130,9 @@ class Keeper:
 
     async def _free_unattended(self) -> None:
         """Let go of this gateway's jobs that nothing works on: their start failed, or they were stopped."""
+        if late := self._pipeline.never_begun(_BEGIN_S):
+            log.error("the workflow engine does not begin these jobs; they are let go of", jobs=late)
+            await self._pipeline.stop(late)
         owned = {job.id for job in await self._tracker.in_thread(self._queue.owned)}
         unattended = owned - self._pipeline.claimed
         if twice := unattended & self._unattended:
@@ -146,8 +151,7 @@ class Keeper:
 
     async def _tidy(self) -> None:
         if self._lease is not None:
-            live = await self._tracker.in_thread(self._lease.live)
-            await self._workflows.forget_executors(live)
+            await self._workflows.forget_executors(await self._tracker.in_thread(self._lease.known))
         while self._retention.limited:
             read = self._queue.outlived
             ids = await self._tracker.in_thread(read, self._retention, time.time(), _OUTLIVED_AT_ONCE)

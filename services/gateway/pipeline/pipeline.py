@@ -59,7 +59,7 @@ class Files(Protocol):
 
     def delete_checkpoint(self, job_id: str) -> None: ...
 
-    def num_bytes(self, job_id: str) -> int: ...
+    def tidy(self, job_id: str) -> int: ...
 
 
 class Pipeline:
@@ -92,8 +92,8 @@ class Pipeline:
         self._files = files
         self._options = options
         self._may_work = may_work
-        self._claimed: set[str] = set()
-        """Jobs that were taken and have not been let go of."""
+        self._claimed: dict[str, float] = {}
+        """Jobs that were taken and have not been let go of, and when they were taken, by the monotonic clock."""
         self._running: dict[str, asyncio.Task[Any]] = {}
         self._wake = asyncio.Event()
         self._admitter: asyncio.Task[None] | None = None
@@ -125,6 +125,11 @@ class Pipeline:
         """Ids of the jobs that this gateway works on."""
         return frozenset(self._claimed)
 
+    def never_begun(self, after_s: float) -> list[str]:
+        """Ids of jobs that were taken so long ago and whose workflow the engine has not begun."""
+        latest_s = time.monotonic() - after_s
+        return [id_ for id_, taken_s in self._claimed.items() if id_ not in self._running and taken_s < latest_s]
+
     async def cancel(self, job_id: str) -> bool:
         """Stop a job at once, whichever gateway works on it; False if it had ended.
 
@@ -144,7 +149,7 @@ class Pipeline:
         if tasks:
             await asyncio.wait(tasks)
         for job_id in job_ids:
-            self._claimed.discard(job_id)
+            self._claimed.pop(job_id, None)
             self._tracker.abandon(job_id)
         self.wake()
 
@@ -228,7 +233,7 @@ class Pipeline:
             return False
         if job.id in self._aside:  # paused and resumed since: nothing of before may still be at work
             await asyncio.wait({self._aside[job.id]})
-        self._claimed.add(job.id)
+        self._claimed[job.id] = time.monotonic()
         await self._tracker.claimed(job)
         try:
             ended = await self._workflows.start(job.id)
@@ -264,12 +269,12 @@ class Pipeline:
             job = await self._tracker.get(job_id)
             ending = await self._ending(job)
             await asyncio.to_thread(self._files.delete_checkpoint, job_id)  # that of a job that failed is of no use
-            num_bytes = await asyncio.to_thread(self._files.num_bytes, job_id)
+            num_bytes = await asyncio.to_thread(self._files.tidy, job_id)
             await self._tracker.until_written(lambda: self._tracker.finish(job_id, ending, num_bytes))
         finally:
             if self._running.get(job_id) is task:
                 del self._running[job_id]
-                self._claimed.discard(job_id)
+                self._claimed.pop(job_id, None)
                 self.wake()
 
     async def _ending(self, job: Job) -> Ending:

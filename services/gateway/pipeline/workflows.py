@@ -83,7 +83,7 @@ class Workflows:
         # On the event loop's own thread: the engine then runs workflows on this loop and not on one of its own.
         self._launched = True
         DBOS.launch()
-        await DBOS.register_queue_async(self._queue, polling_interval_sec=_POLL_S, on_conflict="always_update")
+        await self._register_queue()
 
     async def start(self, job_id: str) -> WorkflowStatusString | None:
         """Begin to work on a job, or go on after its last finished step.
@@ -107,6 +107,8 @@ class Workflows:
                     await DBOS.start_workflow_async(self._workflow, job_id)
                 return None
             if status in _UNDER_WAY:
+                # It may have been dropped while this gateway was held to be gone.
+                await self._register_queue()
                 await DBOS.resume_workflow_async(job_id, queue_name=self._queue)
                 return None
             return status
@@ -119,13 +121,13 @@ class Workflows:
         """Drop what is known of an ended job."""
         await self._tell(DBOS.delete_workflow_async, job_id)
 
-    async def forget_executors(self, live: Collection[str]) -> None:
-        """Drop the queues of gateways that are gone.
+    async def forget_executors(self, known: Collection[str]) -> None:
+        """Drop the queues of gateways that are gone for good.
 
         Args:
-            live: executor ids of those that are not.
+            known: executor ids of those that live, or may come back.
         """
-        kept = {_QUEUE_PREFIX + executor_id for executor_id in live} | {self._queue}
+        kept = {_QUEUE_PREFIX + executor_id for executor_id in known} | {self._queue}
         with database_away_is_said():
             for queue in await DBOS.list_queues_async():
                 if queue.name in _OLD_QUEUES or (queue.name.startswith(_QUEUE_PREFIX) and queue.name not in kept):
@@ -156,6 +158,9 @@ class Workflows:
         # The engine joins its threads, and those may wait for this loop.
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, lambda: DBOS.destroy(destroy_registry=True))
+
+    async def _register_queue(self) -> None:
+        await DBOS.register_queue_async(self._queue, polling_interval_sec=_POLL_S, on_conflict="always_update")
 
     async def _tell(self, call: Callable[[str], Awaitable[None]], job_id: str) -> None:
         try:
