@@ -53,6 +53,7 @@ def end_of(http: httpx.Client, gateway: GatewayUnderTest, label: str) -> dict[st
 def test_generate_get_list_and_video(http, gateway, stages):
     options = {
         **OPTIONS,
+        "resolution": "72x60",
         "seed": 9,
         "videoGuidance": 5,
         "audioGuidance": 2.5,
@@ -72,6 +73,8 @@ def test_generate_get_list_and_video(http, gateway, stages):
     del options["unknownOption"]
     assert job["options"] == options
     assert job["videoUrl"].startswith("/api/videos/job_") and "passwd" not in job["videoUrl"]
+    (made,) = gateway.jobs.ListJobs(pb.ListJobsRequest(label=label), timeout=30).jobs
+    assert (made.parameters.height, made.parameters.width) == (64, 64), "rounded; what was asked for is told back"
     clip = http.get(job["videoUrl"])
     assert clip.content == tiny_clip() and clip.headers["content-type"] == "video/mp4"
     part = http.get(job["videoUrl"], headers={"Range": "bytes=5-9"})
@@ -204,7 +207,6 @@ def test_a_client_that_comes_back_is_told_what_it_missed(gateway, by_hand):
         client.emit("break")
         client.wait("disconnect")
         call.finish()
-        client.wait("connect")
         client.wait("job_update", id=job["id"], status="completed")
 
 
