@@ -74,7 +74,7 @@ def test_the_first_variant_that_makes_it(wanted, expected):
         ({"seconds": 20}, "seconds", "got 20, allowed is 5 or 10"),
         ({"seconds": 10, "model_id": "960x960_5s"}, "seconds", "allowed for 960x960_5s is 5"),
         ({"size": (720, 720), "seconds": 10}, "size", "960x960"),
-        ({"size": (1, 1)}, "size", "720x720"),
+        ({"size": (1, 1)}, "size", "704x704"),
         ({"size": (1080, 1920)}, "size", "got 1920x1080"),
     ],
 )

@@ -14,8 +14,8 @@ from services.gateway.jobs.domain import Job, JobState
 from services.gateway.messages import video_url_path
 from shared.shapes import FPS
 
-CREATED_AT = "studio_created_at"
-"""Name in a job's extras."""
+CREATED_AT, RESOLUTION = "studio_created_at", "studio_resolution"
+"""Names in a job's extras. The clip may have another size than was asked for: rounded to a multiple of 32."""
 
 StudioStatus = Literal["queued", "processing", "completed", "failed", "cancelled"]
 _STATUSES: Mapping[JobState, StudioStatus] = {
@@ -119,7 +119,7 @@ def generation_job_of(job: Job) -> GenerationJob:
         "steps": options.num_inference_steps,
         "videoGuidance": options.video_guidance_scale,
         "audioGuidance": options.audio_guidance_scale,
-        "resolution": f"{wanted.height}x{wanted.width}",
+        "resolution": job.submission.extras.get(RESOLUTION) or f"{wanted.height}x{wanted.width}",
         "duration": f"{wanted.num_frames // FPS}s",
         "solver": options.solver.value,
         "slgLayer": options.slg_layer,

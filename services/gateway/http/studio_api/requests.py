@@ -55,6 +55,8 @@ class StudioRequest:
     """All but the picture."""
     image: str
     """Data URL or upload id; empty for none."""
+    resolution: str
+    """As asked for."""
     allocation: str
     """How the work is to be spread over GPUs; empty: however it is."""
 
@@ -88,7 +90,7 @@ def read_generation_job(fields: Mapping[str, Any], models: Mapping[str, ModelInf
     violations: list[FieldViolation] = reader.violations + choices.violations
     if violations:
         raise InvalidRequest(violations)
-    return StudioRequest(label, created_at, wanted, image, allocation)
+    return StudioRequest(label, created_at, wanted, image, str(choices.raw("resolution")), allocation)
 
 
 def _label(reader: FieldReader) -> str:

@@ -10,7 +10,7 @@ from ovi.common.v1 import system_pb2
 from services.gateway.artifacts import is_job_id
 from services.gateway.http.backend import Backend
 from services.gateway.http.errors import in_words_of
-from services.gateway.http.studio_api.objects import CREATED_AT, studio_id
+from services.gateway.http.studio_api.objects import CREATED_AT, RESOLUTION, studio_id
 from services.gateway.http.studio_api.requests import (
     ENGINE_NAMES,
     MAX_LABEL_CHARACTERS,
@@ -49,7 +49,7 @@ class StudioService:
         submission = Submission(
             request_id=f"studio-{hashlib.sha256(asked.label.encode()).hexdigest()}",
             label=asked.label,
-            extras={CREATED_AT: asked.created_at},
+            extras={CREATED_AT: asked.created_at, RESOLUTION: asked.resolution},
         )
         try:
             with in_words_of(ENGINE_NAMES):
