@@ -88,6 +88,7 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
+@pytest.mark.timeout(300)
 def test_a_killed_group_and_a_paused_run_go_on(checkpoints, caller: Caller) -> None:
     flags = ("--checkpoints", str(checkpoints), "--device", "cpu")
     with running_service("fusion", *flags, ranks=2, port=free_port()) as service, service.channel() as channel:
@@ -117,6 +118,6 @@ def test_a_killed_group_and_a_paused_run_go_on(checkpoints, caller: Caller) -> N
         assert rest.steps == list(range(max(paused.files) + 1, 31))
         assert_same(rest.latents, whole.latents)
         assert {process.pid for process in ranks_of(service)} == pids, "a pause costs no rank"
-    with running_service("fusion", *flags) as service, service.channel() as channel:
-        alone = caller.run(pb_grpc.FusionServiceStub(channel), request)
-    assert alone.begun.checkpoint_refused.endswith("another plan") and alone.steps[0] == 1
+    # One process would add in another order, so its runs are others.
+    header = bytes(paused.files[max(paused.files)][: 1 << 12].numpy())
+    assert b'plan\\": \\"guidance 2 x sequence 1' in header
