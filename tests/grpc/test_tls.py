@@ -68,6 +68,7 @@ def stack(authority, public, service_pair, tiny_checkpoint, tmp_path_factory) ->
         )
         under_test = running.enter_context(gateway)
         under_test.text_encoder = stages["text_encoder"].address
+        under_test.logs = [under_test.service.log, *(stage.log for stage in stages.values())]
         yield under_test
 
 
@@ -80,13 +81,14 @@ def refused(channel: grpc.Channel) -> bool:
 
 def test_a_clip_is_made_over_mtls(stack, public):
     """Control and data ports, both ways: prompts to fusion, latents to the gateway, and from there to the VAE."""
-    job = stack.end_of(stack.create(steps=2).id)
+    job = stack.end_of(stack.create(steps=2, prompt="zeppelins").id)
     assert job.state == pb.JOB_STATE_COMPLETED, job.error
     clip = stack.download(job.id)
     assert clip[4:8] == b"ftyp"
     with httpx.Client(verify=public.context(), base_url=stack.http_url) as client:
         assert client.get("/readyz").json()["status"] == "ready"
         assert client.get(job.video.url_path).content == clip
+    assert all(log for log in stack.logs) and "zeppelins" not in str(stack.logs), "no stage logs a prompt"
 
 
 def test_nobody_connects_to_a_stage_without_a_certificate(stack, authority, stranger, service_pair):
