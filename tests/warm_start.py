@@ -24,6 +24,8 @@ from typing import TextIO
 AVAILABLE = sys.platform == "linux"
 _ROOT = Path(__file__).parents[1]
 _MAX_MESSAGE = 1 << 16
+_MAX_PARENTS = 5
+"""Kept at once, some 400 MB each."""
 _Key = tuple[str, frozenset[tuple[str, str]]]
 _parents: dict[_Key, tuple[subprocess.Popen[bytes], socket.socket]] = {}
 _lock = threading.Lock()
@@ -107,6 +109,10 @@ def _parent(module: str, environment: Mapping[str, str]) -> socket.socket:
     key = (module, frozenset(kept.items()))
     with _lock:
         if key not in _parents or _parents[key][0].poll() is not None:
+            if len(_parents) >= _MAX_PARENTS:
+                process, requests = _parents.pop(next(iter(_parents)))
+                requests.close()  # at which it ends
+                process.wait()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 command = [sys.executable, "-m", "tests.warm_start", module, str(theirs.fileno())]
