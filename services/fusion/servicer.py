@@ -24,7 +24,7 @@ from services.fusion.sampling.control import RunControl
 from services.fusion.sampling.denoise import RunState
 from services.fusion.sampling.run_file import Identity, RunShape, UnusableState, unpack
 from shared.device_worker import DeviceWorker
-from shared.errors import FieldViolation, InvalidRequest, OutOfMemory
+from shared.errors import CorruptTensor, FieldViolation, InvalidRequest, OutOfMemory, ReferenceLost
 from shared.generation_proto import prompt_format_to_proto, sampling_options_from_proto, size_to_proto
 from shared.logging import get_logger
 from shared.memory.modes import RECIPES, VramMode
@@ -90,8 +90,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         identify = functools.cache(functools.partial(self._engine.identity, spec, inputs))
         start, refused = None, ""
         if request.HasField("checkpoint"):
-            file = await self._fetch("checkpoint", request.checkpoint, timeout_s, max_bytes=_MAX_CHECKPOINT_BYTES)
-            start, refused = await asyncio.to_thread(self._opened, file, spec, lambda: identify(mode))
+            start, refused = await self._start(request.checkpoint, timeout_s, spec, lambda: identify(mode))
         begun = pb.Begun(checkpoint_refused=refused)
         if start is not None:
             begun.steps_done, begun.steps_reused = start.steps_done, start.steps_reused
@@ -194,6 +193,17 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         return await asyncio.to_thread(
             self._resolver.fetch, reference, field=name, max_bytes=max_bytes, timeout_s=timeout_s
         )
+
+    async def _start(
+        self, reference: tensor_pb2.TensorRef, timeout_s: float, spec: RunSpec, identify: Callable[[], Identity]
+    ) -> tuple[RunState | None, str]:
+        """The state in a checkpoint; or None, and why it is not used: a run can do without."""
+        try:
+            file = await self._fetch("checkpoint", reference, timeout_s, max_bytes=_MAX_CHECKPOINT_BYTES)
+        except (InvalidRequest, ReferenceLost, CorruptTensor) as error:
+            log.warning("a checkpoint cannot be fetched; the run begins at its first step", reason=error.message)
+            return None, f"the checkpoint cannot be fetched: {error.message}"
+        return await asyncio.to_thread(self._opened, file, spec, identify)
 
     def _opened(
         self, file: torch.Tensor, spec: RunSpec, identify: Callable[[], Identity]

@@ -228,14 +228,20 @@ def test_what_cannot_be_used_is_told_and_the_run_begins_at_its_first_step(stub, 
     assert_same(made.latents, caller.run(stub, request).latents)
 
 
-def test_a_checkpoint_that_is_too_large_names_the_field(stub, caller) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda ref: ref.spec.MergeFrom(tensor_pb2.TensorSpec(num_bytes=1 << 40)), "checkpoint.spec.num_bytes"),
+        (lambda ref: setattr(ref, "address", "192.0.2.7:1"), "checkpoint.address"),
+        (lambda ref: setattr(ref, "tensor_id", "gone"), "not held here"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_had_is_done_without(stub, caller, change, says) -> None:
     request = caller.request()
-    request.checkpoint.CopyFrom(request.prompt)
-    request.checkpoint.spec.shape[:] = [1 << 20, SMALL.text_dim]
-    request.checkpoint.spec.num_bytes = (1 << 22) * SMALL.text_dim * 4
-    with pytest.raises(grpc.RpcError) as caught:
-        caller.run(stub, request)
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "checkpoint.spec" in caught.value.details()
+    request.checkpoint.CopyFrom(caller.publish(torch.zeros(64, dtype=torch.uint8)))
+    change(request.checkpoint)
+    made = caller.run(stub, request)
+    assert says in made.begun.checkpoint_refused and made.steps == list(range(1, STEPS + 1))
 
 
 def test_one_at_a_time_and_none_is_left_behind(stub, caller) -> None:
