@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -147,13 +147,20 @@ class Artifacts:
         folder = self._folder(job_id)
         for file in folder.glob("*.part"):
             file.unlink(missing_ok=True)
-        return sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
+        total = 0
+        # A job that is cancelled at its end loses its files meanwhile.
+        with suppress(FileNotFoundError):
+            for file in folder.iterdir():
+                total += file.stat().st_size
+        return total
 
     def delete(self, job_id: str) -> None:
         """Remove a job's files; none being there is no error."""
         folder = self._folder(job_id)
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        while folder.is_dir():
+            # Two may be at it: who cancels a job, and who notices that it was cancelled.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(folder)
 
     @contextmanager
     def _open_latents(self, job_id: str) -> Iterator[Any]:
