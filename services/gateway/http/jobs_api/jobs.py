@@ -76,6 +76,15 @@ def jobs_router(backend: Backend, clips: ClipAnswers, webhooks: Webhooks) -> API
         """A job."""
         return job_view(await engine.get(job_id))
 
+    _add_changes(router, backend)
+    _add_files(router, backend, clips)
+    _add_events(router, backend)
+    return router
+
+
+def _add_changes(router: APIRouter, backend: Backend) -> None:
+    engine = backend.engine
+
     @router.delete("/{job_id}", status_code=204)
     async def delete_job(job_id: JobId) -> None:
         """Delete an ended job and its files."""
@@ -95,10 +104,6 @@ def jobs_router(backend: Backend, clips: ClipAnswers, webhooks: Webhooks) -> API
     async def resume_job(job_id: JobId) -> JobView:
         """Put a paused job back into the queue."""
         return job_view(await engine.resume(job_id))
-
-    _add_files(router, backend, clips)
-    _add_events(router, backend)
-    return router
 
 
 def _add_files(router: APIRouter, backend: Backend, clips: ClipAnswers) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -52,11 +51,13 @@ _REMIX_SCHEMA = {
 def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
     """The routes."""
     router = APIRouter(prefix="/v1/videos", tags=["OpenAI videos"], responses=ERRORS)
-    engine = backend.engine
+    _add_making(router, backend)
+    _add_reading(router, backend, clips)
+    return router
 
-    def told(job: Job, response: Response) -> Video:
-        response.headers[_POLL_HEADER] = str(poll_after_ms(job, time.time()))
-        return video_of(job, backend.kept_s)
+
+def _add_making(router: APIRouter, backend: Backend) -> None:
+    engine = backend.engine
 
     @router.post("", openapi_extra=body_of(CREATE_SCHEMA, "multipart/form-data", "application/json"))
     async def create_video(request: Request, response: Response) -> Video:
@@ -70,7 +71,30 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
             request_id=request_id_of(request), priority=DEFAULT_PRIORITY if priority is None else priority
         )
         with in_words_of(ENGINE_NAMES):
-            return told(await engine.create(submission, wanted), response)
+            return _told(backend, await engine.create(submission, wanted), response)
+
+    @router.post("/{video_id}/remix", openapi_extra=body_of(_REMIX_SCHEMA, "application/json"))
+    async def remix_video(video_id: JobId, request: Request, response: Response) -> Video:
+        """Queue a video with another prompt and everything else, the seed too, as before."""
+        backend.phase.require_serving()
+        reader = FieldReader(await json_object(request))
+        reader.only({"prompt"})
+        prompt = reader.text("prompt", required=True)
+        reader.check()
+        source = await engine.get(video_id)
+        wanted = parameters_to_proto(source.parameters)
+        wanted.prompt = prompt or ""
+        submission = Submission(
+            request_id=request_id_of(request),
+            priority=source.submission.priority,
+            extras={REMIXED_FROM: source.id},
+        )
+        with in_words_of(ENGINE_NAMES):
+            return _told(backend, await engine.create(submission, wanted), response)
+
+
+def _add_reading(router: APIRouter, backend: Backend, clips: ClipAnswers) -> None:
+    engine = backend.engine
 
     @router.get("")
     async def list_videos(
@@ -94,7 +118,7 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
     @router.get("/{video_id}")
     async def retrieve_video(video_id: JobId, response: Response) -> Video:
         """A video, whatever became of it."""
-        return told(await engine.get(video_id), response)
+        return _told(backend, await engine.get(video_id), response)
 
     @router.delete("/{video_id}")
     async def delete_video(video_id: JobId) -> DeletedVideo:
@@ -119,22 +143,7 @@ def videos_router(backend: Backend, clips: ClipAnswers) -> APIRouter:
             return clips.video(job, as_download=True)
         return await clips.preview(job, Preview(variant))
 
-    @router.post("/{video_id}/remix", openapi_extra=body_of(_REMIX_SCHEMA, "application/json"))
-    async def remix_video(video_id: JobId, request: Request, response: Response) -> Video:
-        """Queue a video with another prompt and everything else, the seed too, as before."""
-        backend.phase.require_serving()
-        reader = FieldReader(await json_object(request))
-        reader.only({"prompt"})
-        prompt = reader.text("prompt", required=True)
-        reader.check()
-        source = await engine.get(video_id)
-        wanted = parameters_to_proto(source.parameters)
-        wanted.prompt = prompt or ""
-        submission = replace(
-            Submission(request_id=request_id_of(request), priority=source.submission.priority),
-            extras={REMIXED_FROM: source.id},
-        )
-        with in_words_of(ENGINE_NAMES):
-            return told(await engine.create(submission, wanted), response)
 
-    return router
+def _told(backend: Backend, job: Job, response: Response) -> Video:
+    response.headers[_POLL_HEADER] = str(poll_after_ms(job, time.time()))
+    return video_of(job, backend.kept_s)
