@@ -24,4 +24,4 @@ def test_dashboards_and_alerts_ask_for_what_a_stack_tells(stack: RunningStack) -
     assert re.search(r'^ovi_jobs_ended_total\{state="completed"\} [1-9]', text, re.MULTILINE)
     assert re.search(r'^ovi_jobs\{state="running"\} 0', text, re.MULTILINE)
     stages = set(re.findall(r'^ovi_stage_seconds_count\{stage="(\w+)"\} [1-9]', text, re.MULTILINE))
-    assert {"encode", "denoise", "decode"} <= stages
+    assert {"encode_prompt", "denoise", "decode"} <= stages
