@@ -20,6 +20,7 @@ from services.fusion.sampling.denoise import Conditions, Latents, bind_forward, 
 from shared.memory.estimate import FusionLayout
 from shared.memory.host import HostBuffer
 from shared.memory.modes import WeightFormat
+from shared.memory.sizes import AUDIO_STEM_LAYERS
 from shared.memory.streaming import AHEAD, NUM_SLOTS, HostUnit, UnitStream
 from shared.sampling_options import SamplingOptions
 from tests.fusion_checkpoint import SMALL, random_weights
@@ -27,6 +28,7 @@ from tests.fusion_checkpoint import SMALL, random_weights
 CPU = torch.device("cpu")
 VIDEO, AUDIO = (48, 3, 4, 6), (9, 20)
 TEXT_UNITS, STEP_UNITS = 3, 7
+NUM_STEPS = 3
 
 
 class LateLane:
@@ -158,7 +160,7 @@ def run(model, *, picture: bool) -> Latents:
     predict = bind_guidance(bind_forward(model, model.rope_tables(VIDEO[1:], AUDIO[0]), Ops.of(sdpa)))
     with torch.inference_mode():
         conditions = Conditions(*model.encode_texts([(prompt, prompt), (negative, negative)]), first)
-    options = SamplingOptions(3, slg_layer=1)
+    options = SamplingOptions(NUM_STEPS, slg_layer=1)
     *_, latents = denoise(predict, draw_noise(VIDEO, AUDIO, 5), conditions, options)
     assert isinstance(latents, Latents) and bool(torch.isfinite(latents.video_CFHW).all())
     return latents
@@ -173,10 +175,18 @@ def test_streamed_latents_are_those_of_a_resident_model_to_the_bit(file, weights
     pack_projections(resident)
     layout = FusionLayout(weights, num_resident, token_chunk=None, keep_ends=False)
     streamed, stream = load_streamed(file, CPU, torch.float32, layout, packed=True)
+    layers = SMALL.num_layers
+    # A step uses stem, audio stem, blocks and heads, in this order and each once.
+    step_units = 1 + AUDIO_STEM_LAYERS + layers + 1
+    streamed_units = 0 if num_resident == layers else AUDIO_STEM_LAYERS + layers - num_resident
+    text_units, ahead = 1 + layers, AHEAD if streamed_units else 0
     for picture in (False, True):
+        before = stream.num_copies
         expected, ours = run(resident, picture=picture), run(streamed, picture=picture)
         assert torch.equal(ours.video_CFHW, expected.video_CFHW)
         assert torch.equal(ours.audio_SC, expected.audio_SC)
+        once, each_step = text_units + step_units - streamed_units, streamed_units * NUM_STEPS
+        assert stream.num_copies - before == once + each_step + ahead, "nothing is copied twice"
         stream.release()
 
 

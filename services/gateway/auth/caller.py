@@ -47,7 +47,7 @@ class KeyLimits:
     max_concurrent_jobs: int | None = None
     """Jobs of this key worked on at once; the others wait."""
     max_daily_jobs: int | None = None
-    """Jobs made within 24 hours; further ones are refused."""
+    """Jobs made in a day, counted in UTC; further ones are refused."""
     requests_per_minute: int | None = None
     """Calls a minute, each replica counting its own; None: the gateway's --requests-per-minute."""
 
