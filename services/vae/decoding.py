@@ -40,6 +40,8 @@ class PictureDecoder:
         self._device = device
         self._memory = memory
         self._pictures = pictures
+        self.part_done = 0.0
+        """Of the present clip, 0 to 1, where pictures come only as the work ends; 0 where they come all the time."""
 
     def decode(self, latent_CFHW: torch.Tensor, layout: VaeLayout) -> Iterator[torch.Tensor]:
         """Levels (f, 16H, 16W, 3) in host memory, step by step; there are steps without any.
@@ -49,7 +51,7 @@ class PictureDecoder:
         Raises:
             torch.OutOfMemoryError: that did not do, or there is none.
         """
-        given = 0
+        given, self.part_done = 0, 0.0
         smaller = self._memory.smaller(layout, VideoLatentShape(*latent_CFHW.shape[1:]))
         try:
             for levels_FHWC in self._decode_in(layout, latent_CFHW):
@@ -79,7 +81,10 @@ class PictureDecoder:
 
         shape = VideoLatentShape(*latent_CFHW.shape[1:])
         tiles = cut_tiles(shape.height, shape.width, layout.tile_latent_side, self._vae.decoder.reach)
-        return decode_tiled(decode, tiles, shape)
+        return decode_tiled(decode, tiles, shape, self._report)
+
+    def _report(self, part_done: float) -> None:
+        self.part_done = max(self.part_done, part_done)
 
     def _whole(self, latent_CFHW: torch.Tensor, per_step: int) -> Iterator[torch.Tensor]:
         if self._pictures is not None:

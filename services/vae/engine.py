@@ -46,7 +46,7 @@ _WARM_UP_SHAPE = (3, 44, 44)
 
 @dataclass(frozen=True)
 class ClipProgress:
-    """So many frames are in the file."""
+    """So many frames are in the file; in tiles, where all come at the end, the part of them that is decoded."""
 
     frames_done: int
     frames_total: int
@@ -259,7 +259,8 @@ class VaeEngine:
             for frames_FHWC in pictures:
                 if encoding is not None:
                     encoding.result()
-                    yield ClipProgress(writer.num_frames, shape.num_frames)
+                    done = max(writer.num_frames, int(self._pictures.part_done * shape.num_frames))
+                    yield ClipProgress(done, shape.num_frames)
                 encoding = encoder.submit(_add_chunk, writer, frames_FHWC, sound)
             if encoding is not None:
                 encoding.result()

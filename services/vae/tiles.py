@@ -50,7 +50,10 @@ def cut_tiles(height: int, width: int, side: int, reach: int) -> list[Tile]:
 
 
 def decode_tiled(
-    decode: Callable[[Window], Iterator[torch.Tensor]], tiles: Sequence[Tile], shape: VideoLatentShape
+    decode: Callable[[Window], Iterator[torch.Tensor]],
+    tiles: Sequence[Tile],
+    shape: VideoLatentShape,
+    report: Callable[[float], object],
 ) -> Iterator[torch.Tensor]:
     """Levels (f, 16H, 16W, 3) of whole pictures in host memory, step by step; empty for all steps before the last tile.
 
@@ -58,11 +61,12 @@ def decode_tiled(
         decode: levels of a window of the pictures in host memory, step by step.
         tiles: of a picture.
         shape: of the latent.
+        report: told the part of the work that is done, 0 to 1, before each step is given.
     """
     pictures_FHWC = torch.empty(
         shape.num_frames, shape.pixel_height, shape.pixel_width, PIXEL_CHANNELS, dtype=torch.uint8
     )
-    for tile in tiles:
+    for index, tile in enumerate(tiles):
         num_done = 0
         for seen_FHWC in decode(tile.seen):
             step_FHWC = pictures_FHWC[num_done : num_done + len(seen_FHWC)]
@@ -70,6 +74,7 @@ def decode_tiled(
             _part(step_FHWC, tile.own, Window(0, 0, shape.height, shape.width)).copy_(
                 _part(seen_FHWC, tile.own, tile.seen)
             )
+            report((index + num_done / shape.num_frames) / len(tiles))
             yield step_FHWC if tile is tiles[-1] else step_FHWC[:0]
 
 

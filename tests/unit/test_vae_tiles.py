@@ -72,7 +72,12 @@ def test_tiles_are_put_together_as_the_last_one_comes(vae: VideoVae, latent: tor
     """Levels are the same but for values at a rounding edge; every step shows that there is progress."""
     decoder = PictureDecoder(vae, CPU, VaeMemory(CPU, RELEASED_VAE, None))
     whole = list(decoder.decode(latent, VaeLayout(1, None)))
-    tiled = list(decoder.decode(latent, VaeLayout(1, SIDE)))
+    assert decoder.part_done == 0, "frames tell by themselves"
+    tiled, parts = [], []
+    for step in decoder.decode(latent, VaeLayout(1, SIDE)):
+        tiled.append(step)
+        parts.append(decoder.part_done)
+    assert all(0 < part <= 1 for part in parts) and parts == sorted(set(parts)) and parts[-1] == 1
     assert [len(step) for step in tiled] == [0] * 3 * FRAMES + [len(step) for step in whole]
     difference = (torch.cat(tiled).int() - torch.cat(whole).int()).abs()
     assert difference.max() <= 1 and difference.count_nonzero() <= difference.numel() * 1e-3
