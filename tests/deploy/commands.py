@@ -56,6 +56,8 @@ def resolve(command: Sequence[str], monkeypatch: pytest.MonkeyPatch, secrets: Pa
     service = importlib.import_module(f"{module}.__main__")
     with monkeypatch.context() as patched:
         patched.setattr(service, "run_service", take)
+        if hasattr(service, "configure_logging"):  # this process keeps its own
+            patched.setattr(service, "configure_logging", lambda *_, **__: None)
         patched.setattr(sys, "argv", [module, *arguments])
         service.main()
     (options,) = resolved

@@ -98,7 +98,7 @@ def test_a_server_that_is_not_there_is_a_failure_in_words() -> None:
 def test_an_unknown_state_names_the_known_ones() -> None:
     status, output = run("jobs", "list", "--state", "sleeping")
     assert status == EXIT_BAD_INPUT
-    assert "--state: got 'sleeping', allowed is queued, running, completed, failed, cancelled" in output
+    assert "--state: got 'sleeping', allowed is queued, paused, running, completed, failed, cancelled" in output
 
 
 @pytest.mark.parametrize(

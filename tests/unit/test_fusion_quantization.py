@@ -26,8 +26,9 @@ from shared.memory.modes import WeightFormat
 from shared.sampling_options import SamplingOptions
 from tests.fusion_checkpoint import SMALL as CHECKPOINT
 from tests.fusion_checkpoint import write_variant
+from tests.interpreted_fusion_kernels import normal
 from tests.live_bytes import LiveBytes
-from tests.unit.test_fusion_kernels import SMALL, normal, small_model
+from tests.unit.test_fusion_kernels import SMALL, small_model
 
 QUANTIZED = (WeightFormat.FP8, WeightFormat.INT8)
 LOSSES = {WeightFormat.NATIVE: 0.0, WeightFormat.INT8: 0.02, WeightFormat.FP8: 0.05}
