@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from services.gateway.artifacts import Artifacts
 from services.gateway.config import PipelineOptions
 from services.gateway.database import DATABASE_FILE, CannotStart, open_database, open_postgres
-from services.gateway.disk import DatabaseAway, database_away_is_said
+from services.gateway.disk import DatabaseAway, database_away_is_said, disk_full_is_said
 from services.gateway.jobs.admission import Limits
 from services.gateway.jobs.leases import Lease
 from services.gateway.jobs.listener import Listener
@@ -26,6 +26,7 @@ from services.gateway.pipeline.giving_way import GivingWay
 from services.gateway.pipeline.keeper import Keeper
 from services.gateway.pipeline.pipeline import Pipeline, Work
 from services.gateway.pipeline.workflows import Workflows
+from shared.errors import DiskFull
 from shared.logging import get_logger
 
 log = get_logger(__name__)
@@ -79,8 +80,15 @@ class JobSide:
         """Bring the tables up to date and begin to work.
 
         Raises:
-            CannotStart: the database is not one that this version can use.
+            CannotStart: the database is not one that this version can use, or there is no space for it.
         """
+        try:
+            with disk_full_is_said():
+                await self._start()
+        except DiskFull as error:
+            raise CannotStart(f"{self._name}: {error.message}") from None
+
+    async def _start(self) -> None:
         await self._migrate()
         await self._keeper.start()
         await self._pipeline.launch()
@@ -110,7 +118,8 @@ class JobSide:
                     with database_away_is_said():
                         await asyncio.to_thread(migrate, self.database)
                 else:
-                    await asyncio.to_thread(migrate, self.database)
+                    with disk_full_is_said():
+                        await asyncio.to_thread(migrate, self.database)
                 return
             except DatabaseAway as error:
                 log.warning("waiting for the database", database=self._name, reason=error.message)

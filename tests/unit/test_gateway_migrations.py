@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -12,13 +14,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from services.gateway.auth import key_store
-from services.gateway.database import database_url, open_database, open_postgres
+from services.gateway.config import PipelineOptions
+from services.gateway.database import CannotStart, database_url, open_database, open_postgres
 from services.gateway.http.webhooks import store as webhook_store
+from services.gateway.job_side import JobSide
 from services.gateway.jobs.admission import NoLimits
 from services.gateway.jobs.domain import DEFAULT_PRIORITY, JobState
 from services.gateway.jobs.queue import JobQueue
 from services.gateway.jobs.schema import metadata
 from services.gateway.jobs.store import JobStore
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.migrations import VERSION_TABLE, NewerDatabase, migrate
 from tests.postgres import running_postgres
 
@@ -116,3 +121,18 @@ def test_the_tables_of_a_later_version_are_refused(tmp_path):
     with pytest.raises(NewerDatabase, match="9999"):
         migrate(engine)
     engine.dispose()
+
+
+def test_a_disk_that_is_full_at_the_start_is_said(tmp_path: Path) -> None:
+    """Not that the file should be moved away: nothing is wrong with it."""
+    options = PipelineOptions(max_concurrent_jobs=1, worker_wait_s=1.0, stage_timeout_s=1.0)
+    side = JobSide(tmp_path, None, NoLimits(), GatewayMetrics(), options)
+
+    @sa.event.listens_for(side.database, "connect")
+    def leave_no_room(connection: Any, record: Any) -> None:
+        connection.execute("PRAGMA max_page_count=5")
+
+    with pytest.raises(CannotStart, match=r"ovi\.sqlite3: the disk of the data folder is full; free some space"):
+        asyncio.run(side.start())
+    side.tracker.close()
+    side.database.dispose()
