@@ -16,7 +16,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,6 +80,8 @@ class ModeRow:
     stage_s: dict[str, float] | None = None
     video_drift: Drift | None = None
     audio_drift: Drift | None = None
+    same_latents_as: str = ""
+    """The first of the other modes whose latents are these to the bit; empty if there is none."""
     explanation: str = ""
 
 
@@ -224,8 +226,16 @@ async def measure_modes(
     waiting = iter(cases)
 
     def rows() -> list[ModeRow]:
-        bases = {clip: made.get((clip, modes[0]), (None, None))[1] for clip in clips}
-        return [with_drift(*made[case], bases[case[0]]) for case in cases if case in made]
+        described = []
+        for clip in clips:
+            row_of, latents = {}, {}
+            for mode in modes:
+                if (clip, mode) in made:
+                    row_of[mode], file = made[clip, mode]
+                    if file is not None:
+                        latents[mode] = load_file(file)
+            described += [compared(row, mode, latents, modes[0]) for mode, row in row_of.items()]
+        return described
 
     async def work(device: str) -> None:
         for clip, mode in waiting:
@@ -241,13 +251,23 @@ async def measure_modes(
     return rows()
 
 
-def with_drift(row: ModeRow, ours: Path | None, base: Path | None) -> ModeRow:
-    """The row with the difference of its latents from others."""
-    if ours is None or base is None:
+Tensors = dict[str, torch.Tensor]
+
+
+def compared(row: ModeRow, mode: VramMode, latents: Mapping[VramMode, Tensors], base: VramMode) -> ModeRow:
+    """The row with the difference of its latents from those of the base, and who else has them."""
+    if mode not in latents:
         return row
-    mine, theirs = load_file(ours), load_file(base)
-    drifts = (Drift.between([(mine[f"{kind}_latent"], theirs[f"{kind}_latent"])]) for kind in ("video", "audio"))
-    return replace(row, **dict(zip(("video_drift", "audio_drift"), drifts, strict=True)))
+    ours = latents[mode]
+    for other, theirs in latents.items():
+        if other is not mode and all(torch.equal(ours[name], theirs[name]) for name in ours):
+            row = replace(row, same_latents_as=other.value)
+            break
+    if base not in latents:
+        return row
+    names = ("video", "audio")
+    video, audio = (Drift.between([(ours[f"{name}_latent"], latents[base][f"{name}_latent"])]) for name in names)
+    return replace(row, video_drift=video, audio_drift=audio)
 
 
 async def measure_switches(modes: Sequence[VramMode], args: argparse.Namespace) -> list[Switch]:
@@ -308,7 +328,7 @@ async def main() -> None:
     args.devices = args.devices.split(",")
     modes = [VramMode(name) for name in args.modes.split(",")]
 
-    def save(rows: Sequence[ModeRow], **more: object) -> None:
+    def save(rows: list[ModeRow], **more: object) -> None:
         if args.save:
             cuda = torch.cuda.is_available() and args.devices != ["cpu"]
             described = describe_run("memory", torch.device("cuda" if cuda else "cpu"), 1, args)

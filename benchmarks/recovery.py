@@ -3,8 +3,10 @@
 `python -m benchmarks.recovery --checkpoints DIR [--gpus N] [--run 720x720_5s:20] [--bound-s 180] [--save]`
 `... --device cpu --gpus 2` does it with ranks on the CPU; the tiny checkpoint will do.
 
-Starts the stack of `ovi up` on free ports. Each fault meets a job that has done two steps; afterwards the service must
-serve, the job must have ended as it should, and another job must be made, each within the bound. Exit status 1 if not.
+Starts the stack of `ovi up` on free ports. Each fault meets a job that has done some steps (`--steps-before`; with more
+than the checkpoint interval it goes on from a checkpoint); afterwards the service must serve, the job must have ended
+as it should, with the latents of an undisturbed job if it made any, and another job must be made, each within the
+bound. Exit status 1 if not.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import grpc
 import psutil
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from safetensors.torch import load_file
 
 from benchmarks.common import describe_run, result_path, save_result
 from benchmarks.stack import Run, create, watch
@@ -37,8 +40,8 @@ from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 
 ROOT = Path(__file__).parent.parent
-STEPS_BEFORE = 2
-"""Steps a job has done when the fault comes."""
+SHORT_STEPS = 2
+"""Of the job that follows each fault."""
 _POLL_S = 0.02
 _RPC_TIMEOUT_S = 5.0
 _ENDED = (pb.JOB_STATE_COMPLETED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED)
@@ -60,6 +63,8 @@ class Recovery:
     attempts: int
     new_processes: bool
     """Every rank is another process than before."""
+    same_latents: bool | None
+    """The latents are those of an undisturbed job, to the bit; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +89,26 @@ class Fault:
 class Bench:
     """A running stack and how to break it."""
 
-    def __init__(self, stack: Stack, run: Run, flag: Path, bound_s: float, channels: contextlib.ExitStack) -> None:
+    def __init__(
+        self, stack: Stack, run: Run, steps_before: int, flag: Path, bound_s: float, channels: contextlib.ExitStack
+    ) -> None:
         """
         Args:
             stack: serving.
             run: the job that meets each fault.
+            steps_before: how many steps it has done then.
             flag: see benchmarks.faulty_fusion.
             bound_s: longest that anything may take.
             channels: where connections are kept.
         """
-        self.run, self.flag, self.bound_s = run, flag, bound_s
+        self.run, self.steps_before, self.flag, self.bound_s = run, steps_before, flag, bound_s
         self._data_dir, self.ranks = stack.plan.options.data_dir, stack.plan.options.gpus
         address = next(spec.address for spec in stack.plan.stages if spec.name == "fusion")
         options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)]
         fusion = channels.enter_context(grpc.insecure_channel(address, options=options))
         self.jobs = pb_grpc.JobServiceStub(channels.enter_context(grpc.insecure_channel(stack.plan.grpc_address)))
         self._health, self._fusion = health_pb2_grpc.HealthStub(fusion), fusion_pb2_grpc.FusionServiceStub(fusion)
+        self._undisturbed: dict[str, torch.Tensor] = {}
 
     def processes(self) -> dict[int, psutil.Process]:
         """The processes of the fusion service by rank."""
@@ -140,13 +149,27 @@ class Bench:
         """Cancel a job."""
         self.jobs.CancelJob(pb.CancelJobRequest(id=job_id), timeout=self.bound_s)
 
+    def warm_up(self) -> None:
+        """Make the run undisturbed, and keep its latents to compare with."""
+        self._undisturbed = self._latents(watch(self.jobs, create(self.jobs, self.run), self.bound_s).id)
+
+    def _latents(self, job_id: str) -> dict[str, torch.Tensor]:
+        (file,) = self._data_dir.glob(f"**/{job_id}/latents.safetensors")
+        return load_file(file)
+
+    def _has_undisturbed_latents(self, job_id: str) -> bool:
+        ours = self._latents(job_id)
+        return all(torch.equal(ours[name], tensor) for name, tensor in self._undisturbed.items())
+
     def suffer(self, fault: Fault) -> Recovery:
-        """Cause a fault in a job's third step and wait for the end of all that follows."""
+        """Cause a fault in the middle of a job and wait for the end of all that follows."""
         before = {process.pid for process in self.processes().values()}
         job_id = create(self.jobs, self.run)
         states = self._states(job_id)
         done = next(
-            job for job in states if job.progress.stage == pb.JOB_STAGE_DENOISE and job.progress.done >= STEPS_BEFORE
+            job
+            for job in states
+            if job.progress.stage == pb.JOB_STAGE_DENOISE and job.progress.done >= self.steps_before
         )
         start = time.perf_counter()
         with ThreadPoolExecutor(1) as other:
@@ -162,7 +185,15 @@ class Bench:
         state = pb.JobState.Name(job.state).removeprefix("JOB_STATE_").lower()
         new = before.isdisjoint(process.pid for process in self.processes().values())
         return Recovery(
-            fault.name, self.ranks, round(seen_s, 2), round(serving_s, 2), round(ended_s, 2), state, job.attempts, new
+            fault.name,
+            self.ranks,
+            round(seen_s, 2),
+            round(serving_s, 2),
+            round(ended_s, 2),
+            state,
+            job.attempts,
+            new,
+            self._has_undisturbed_latents(job_id) if job.state == pb.JOB_STATE_COMPLETED else None,
         )
 
     def _states(self, job_id: str) -> Iterator[pb.Job]:
@@ -233,6 +264,8 @@ def check(recovery: Recovery, expected: Expected, bound_s: float) -> str:
     found = Expected(recovery.state, recovery.attempts, recovery.new_processes)
     if found != expected:
         return f"{recovery.fault}: expected {expected}, found {found}"
+    if recovery.same_latents is False:
+        return f"{recovery.fault}: the latents differ from those of an undisturbed job"
     longest = max(recovery.seen_s, recovery.serving_s, recovery.ended_s)
     return f"{recovery.fault}: took {longest:g} s, the bound is {bound_s:g} s" if longest > bound_s else ""
 
@@ -240,8 +273,8 @@ def check(recovery: Recovery, expected: Expected, bound_s: float) -> str:
 def measure_all(bench: Bench) -> tuple[list[Recovery], list[str]]:
     """Every fault, each followed by an ordinary job; what was measured, and what is wrong."""
     recoveries, wrong = [], []
-    short = replace(bench.run, steps=STEPS_BEFORE)
-    watch(bench.jobs, create(bench.jobs, short), bench.bound_s)
+    short = replace(bench.run, steps=SHORT_STEPS)
+    bench.warm_up()
     for fault in faults(bench.ranks):
         recovery = bench.suffer(fault)
         recoveries.append(recovery)
@@ -258,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoints", type=Path, required=True)
     add("--data-dir", type=Path, default=Path("data/benchmark"))
     add("--run", default="720x720_5s:20", help="MODEL:STEPS of the job that meets each fault (default: %(default)s)")
+    add("--steps-before", type=int, default=2, help="steps it has done when the fault comes (default: %(default)s)")
     add("--device", default="auto", help="of fusion and vae: auto, cpu, cuda")
     add("--gpus", default="auto", help="of the fusion service; ranks with --device cpu")
     add("--bound-s", type=float, default=180.0, help="longest that anything may take (default: %(default)s)")
@@ -276,7 +310,7 @@ async def main() -> None:
     flag = options.data_dir / "out_of_memory"
     async with faulty_stack(options, flag) as stack:
         with contextlib.ExitStack() as channels:
-            bench = Bench(stack, Run.parse(args.run), flag, args.bound_s, channels)
+            bench = Bench(stack, Run.parse(args.run), args.steps_before, flag, args.bound_s, channels)
             recoveries, wrong = await asyncio.to_thread(measure_all, bench)
     if args.save or args.json:
         cuda = torch.cuda.is_available() and args.device != "cpu"

@@ -271,7 +271,17 @@ def recovery_table(folder: Path) -> str:
         read_lines(folder, "recovery"),
         lambda line: (line.device, line.gpus, line.row["fault"]),
     )
-    head = ["fault", "GPUs", "seen in the job", "fusion serves again", "job ended", "as", "attempts", "new processes"]
+    head = [
+        "fault",
+        "GPUs",
+        "seen in the job",
+        "fusion serves again",
+        "job ended",
+        "as",
+        "attempts",
+        "new processes",
+        "latents",
+    ]
     rows = [
         [
             line.row["fault"],
@@ -280,6 +290,7 @@ def recovery_table(folder: Path) -> str:
             line.row["state"],
             str(line.row["attempts"]),
             "all" if line.row["new_processes"] else "none",
+            {True: "the undisturbed", False: "others", None: ""}[line.row.get("same_latents")],
         ]
         for line in lines
     ]
@@ -353,13 +364,13 @@ def memory_table(folder: Path) -> str:
     )
     standard = {(line.device, line.row["clip"]): line.row["step_s"] for line in lines if line.row["mode"] == "standard"}
     head = ["mode", "clip", "limit, GiB", "peak, GiB", "estimate, GiB", "estimate / peak", "s/step", "of standard"]
-    head += ["final latents, video", "audio"]
+    head += ["final latents, video", "audio", "to the bit those of"]
     rows = []
     for line in lines:
         row, base = line.row, standard.get((line.device, line.row["clip"]))
         if row["refused"]:
             rows.append(
-                [row["mode"], row["clip"], line.number("limit_gib", 1), f"refused: {row['refused']}", *["–"] * 6]
+                [row["mode"], row["clip"], line.number("limit_gib", 1), f"refused: {row['refused']}", *["–"] * 7]
             )
             continue
         known = row["estimate_gib"] is not None and row["peak_gib"] is not None
@@ -374,6 +385,7 @@ def memory_table(folder: Path) -> str:
                 line.number("step_s"),
                 f"{row['step_s'] / base:.2f}" if base else "–",
                 *(f"{row[f'{tower}_drift']['error']:.2g}" for tower in ("video", "audio")),
+                row.get("same_latents_as", ""),
             ]
         )
     return table(head, rows) + sources(lines)
