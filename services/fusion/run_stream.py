@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from ovi.fusion.v1 import fusion_pb2 as pb
 from services.fusion.engine import ModeLowered
-from services.fusion.sampling.control import RunBegun, RunPaused, StateGiven
+from services.fusion.sampling.control import RunBegun, RunControl, RunPaused, StateGiven
 from services.fusion.sampling.denoise import Latents, StepDone
 from services.fusion.sampling.run_file import Identity, pack
 from shared.errors import ResourceExhausted
@@ -15,6 +15,7 @@ from shared.logging import get_logger
 from shared.memory.modes import VramMode
 from shared.system_proto import vram_mode_to_proto
 from shared.tensors.service import TensorServer
+from shared.tensors.store import Lease
 
 log = get_logger(__name__)
 
@@ -25,16 +26,23 @@ class RunStream:
     """The messages of one Denoise call."""
 
     def __init__(
-        self, tensors: TensorServer, mode: VramMode, identify: Callable[[VramMode], Identity], begun: pb.Begun
+        self,
+        tensors: TensorServer,
+        control: RunControl,
+        mode: VramMode,
+        identify: Callable[[VramMode], Identity],
+        begun: pb.Begun,
     ) -> None:
         """
         Args:
             tensors: offers what the run makes.
+            control: of the run; left when the messages end.
             mode: in which the run is made at first.
             identify: gives the identity of the run in a mode, see `run_file`; called in a thread.
             begun: the first message.
         """
         self._tensors = tensors
+        self._control = control
         self._mode = mode
         self._identify = identify
         self._begun = begun
@@ -68,27 +76,31 @@ class RunStream:
                 if event is None:
                     return
                 if isinstance(event, StateGiven):
-                    packing = asyncio.create_task(self._checkpoint(event))
+                    packing = asyncio.create_task(self._checkpoint(event, self._mode))
                 else:
                     yield self._message(event)
                 upcoming = asyncio.create_task(_next(events))
         finally:
+            self._control.leave()
             upcoming.cancel()
             await asyncio.wait({upcoming} if packing is None else {upcoming, packing})
             if not upcoming.cancelled():
                 upcoming.exception()  # raised above, if it mattered
             self._tensors.store.release(self._offered)
 
-    async def _checkpoint(self, given: StateGiven) -> pb.DenoiseResponse | None:
-        """Pack a state and offer it; None if there is no room for it."""
-        store = self._tensors.store
+    async def _checkpoint(self, given: StateGiven, mode: VramMode) -> pb.DenoiseResponse | None:
+        """Pack a state of a run in this mode and offer it; None if there is no room for it."""
+        store, settle = self._tensors.store, given.settled.set
+
+        def offer() -> Lease:
+            return store.put(pack(given.state, self._identify(mode)), on_end=settle)
+
         try:
-            lease = await asyncio.to_thread(lambda: store.put(pack(given.state, self._identify(self._mode))))
+            lease = await asyncio.to_thread(offer)
         except ResourceExhausted as error:
             log.warning("a checkpoint was left out", steps_done=given.state.steps_done, reason=error.message)
-            given.on_its_way.is_held = lambda: False
+            settle()
             return None
-        given.on_its_way.is_held = lambda: store.holds(lease.tensor_id)
         self._offered = lease.tensor_id
         state = self._tensors.publish(lease)
         return pb.DenoiseResponse(checkpoint=pb.Checkpoint(state=state, steps_done=given.state.steps_done))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Literal
 
 import grpc
@@ -31,8 +31,8 @@ from shared.memory.modes import RECIPES, VramMode
 from shared.memory.turns import DeviceTurns, device_key
 from shared.service_main import device_name
 from shared.shapes import FPS, common_sizes
-from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto
-from shared.system_service import PlanWish
+from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto, vram_mode_to_proto
+from shared.system_service import CallCount, PlanWish
 from shared.tensors.framing import spec_from_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
@@ -70,6 +70,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         self._tensors = tensors
         self._options = options
         self._turns = DeviceTurns(device_key(options.stage.device))
+        self._calls = CallCount()
         self._runs: dict[str, RunControl] = {}
         """Those that have a name, by it."""
 
@@ -82,6 +83,18 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         self, request: pb.DenoiseRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DenoiseResponse]:
         spec, references = self._checked(request)
+        with self._calls.counting():
+            async with contextlib.aclosing(self._run(request, context, spec, references)) as messages:
+                async for message in messages:
+                    yield message
+
+    async def _run(
+        self,
+        request: pb.DenoiseRequest,
+        context: grpc.aio.ServicerContext,
+        spec: RunSpec,
+        references: dict[str, tensor_pb2.TensorRef],
+    ) -> AsyncGenerator[pb.DenoiseResponse, None]:
         # What does not fit is refused before anything is fetched; from here on the mode has a name.
         mode = self._engine.plan(spec.model, spec.vram_mode).mode
         remaining_s = context.time_remaining()
@@ -103,7 +116,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             stack.enter_context(self._named(request.run_id, control))
             await stack.enter_async_context(self.turn(mode))
             events = await stack.enter_async_context(contextlib.aclosing(self._worker.stream(run)))
-            messages = RunStream(self._tensors, mode, identify, begun).messages(events)
+            messages = RunStream(self._tensors, control, mode, identify, begun).messages(events)
             async for message in await stack.enter_async_context(contextlib.aclosing(messages)):
                 yield message
 
@@ -125,6 +138,18 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             num_pending=self._worker.num_pending,
             plan=self._options.plan.describe(),
             memory=self.plan(PlanWish(VramMode.AUTO, "", None)),
+        )
+
+    def describe(self) -> system_pb2.Worker:
+        """This stage as a worker; for SystemService."""
+        return system_pb2.Worker(
+            stage="fusion",
+            models=list(self._engine.served),
+            loaded_model=self._engine.loaded_id or "",
+            loaded_vram_mode=vram_mode_to_proto(self._engine.loaded_mode),
+            vram_mode=vram_mode_to_proto(self._engine.mode),
+            allocation=self._engine.planner.allocation,
+            num_pending=self._calls.number,
         )
 
     def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:

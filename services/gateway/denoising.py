@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
+import torch
+
 from ovi.fusion.v1 import fusion_pb2
 from services.gateway.artifacts import Artifacts
 from services.gateway.jobs.tracker import JobTracker
@@ -151,6 +153,7 @@ class Denoising:
                     await self._begun(event.begun)
                 elif kind == "step":
                     steps_reused += event.step.reused
+                    self._metrics.steps_repeated(event.step.index <= self._furthest)
                     self._furthest = max(self._furthest, event.step.index)
                     self._metrics.step_finished(event.step.seconds)
                     await self._tracker.advance(self._job_id, event.step.index, event.step.total)
@@ -174,7 +177,6 @@ class Denoising:
             log.info("the denoise goes on", job_id=self._job_id, steps_done=begun.steps_done)
         if (await self._tracker.get(self._job_id)).progress.done > begun.steps_done:
             await self._begin_again(begun.checkpoint_refused or "the denoise was cut", begun.steps_done)
-        self._metrics.steps_repeated(max(0, self._furthest - begun.steps_done))
         self._furthest = max(self._furthest, begun.steps_done)
         await self._tracker.advance(self._job_id, begun.steps_done, self._request.options.num_inference_steps)
 
@@ -182,7 +184,10 @@ class Denoising:
         mode = vram_mode_from_proto(lowered.vram_mode, field="mode_lowered.vram_mode")
         log.warning("memory ran out; the denoise begins again", vram_mode=mode.value, reason=lowered.reason)
         self._metrics.mode_was_lowered()
-        self._metrics.steps_repeated(self._furthest)
+        # What is kept is of the mode before.
+        await self._kept_what_came()
+        await asyncio.to_thread(self._artifacts.delete_checkpoint, self._job_id)
+        self.kept = 0
         await self._begin_again(lowered.reason, 0)
 
     async def _paused(self) -> None:
@@ -198,14 +203,28 @@ class Denoising:
             await asyncio.wait({self._keeping})
 
     async def _keep(self, checkpoint: fusion_pb2.Checkpoint, earlier: asyncio.Task[None] | None) -> None:
+        """Fetch a checkpoint, keep it, and only then give it back: until then the worker goes no further.
+
+        One that cannot be kept is given back, too. That of a job that another gateway has taken meanwhile is not: the
+        call is about to be stopped.
+        """
         if earlier is not None:
             await asyncio.wait({earlier})
+        state = checkpoint.state
         try:
-            fetch, release = self._resolver.fetch, self._resolver.release
-            state = checkpoint.state
+            fetch = self._resolver.fetch
             file = await asyncio.to_thread(fetch, state, field="checkpoint.state", max_bytes=_MAX_CHECKPOINT_BYTES)
-            await asyncio.to_thread(release, state)
-            await write_unbroken(self._artifacts.write_checkpoint, self._job_id, file)
+            await write_unbroken(self._write, file, checkpoint.steps_done)
             self.kept = checkpoint.steps_done
         except (OviError, OSError) as error:
             log.warning("a checkpoint was not kept", job_id=self._job_id, reason=str(error))
+        try:
+            if await self._tracker.is_ours(self._job_id):
+                await asyncio.to_thread(self._resolver.release, state)
+        except OviError as error:
+            log.warning("a checkpoint was not given back", job_id=self._job_id, reason=error.message)
+
+    def _write(self, file: torch.Tensor, steps_done: int) -> None:
+        # A gateway that was held to be gone, and its job's next owner has come further.
+        if self._artifacts.checkpoint_steps(self._job_id) < steps_done:
+            self._artifacts.write_checkpoint(self._job_id, file)

@@ -6,12 +6,16 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from shared.errors import ReferenceLost, ResourceExhausted
 from shared.tensors.framing import TensorSpec, spec_of
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Lease:
     tensor: torch.Tensor
     spec: TensorSpec
     expire_time_s: float
+    on_end: Callable[[], None] = field(default=_nothing, compare=False)
+    """Called once, when the lease has ended; on any thread, with the store locked."""
 
 
 class TensorStore:
@@ -40,8 +46,15 @@ class TensorStore:
         self._leases: dict[str, Lease] = {}
         self._lock = threading.Condition()
 
-    def put(self, tensor: torch.Tensor, *, spec: TensorSpec | None = None) -> Lease:
+    def put(
+        self, tensor: torch.Tensor, *, spec: TensorSpec | None = None, on_end: Callable[[], None] = _nothing
+    ) -> Lease:
         """Hold a tensor; copies it to the CPU if it is elsewhere. `spec` saves the checksum if it is known already.
+
+        Args:
+            tensor: any.
+            spec: of it.
+            on_end: see Lease; a lease that runs out is noticed when the store is used.
 
         Raises:
             ResourceExhausted: the store is full.
@@ -56,7 +69,7 @@ class TensorStore:
                     f"tensor store holds {held} bytes of {self._max_bytes}; {spec.num_bytes} more do not fit."
                     " Release finished tensors or wait for leases to end"
                 )
-            lease = Lease(secrets.token_urlsafe(16), tensor, spec, self._clock() + self._lease_s)
+            lease = Lease(secrets.token_urlsafe(16), tensor, spec, self._clock() + self._lease_s, on_end)
             self._leases[lease.tensor_id] = lease
         return lease
 
@@ -75,19 +88,15 @@ class TensorStore:
             )
         return lease
 
-    def holds(self, tensor_id: str) -> bool:
-        """Whether this lease is still held."""
-        with self._lock:
-            self._drop_expired()
-            return tensor_id in self._leases
-
     def release(self, tensor_id: str) -> bool:
         """End a lease; True if it was still held."""
         with self._lock:
             self._drop_expired()
-            was_held = self._leases.pop(tensor_id, None) is not None
+            lease = self._leases.pop(tensor_id, None)
+            if lease is not None:
+                lease.on_end()
             self._lock.notify_all()
-        return was_held
+        return lease is not None
 
     def wait_empty(self, timeout_s: float) -> bool:
         """Wait until every lease is released; False if some are still held after `timeout_s`."""
@@ -101,5 +110,6 @@ class TensorStore:
 
     def _drop_expired(self) -> None:
         now = self._clock()
-        for tensor_id in [i for i, lease in self._leases.items() if lease.expire_time_s <= now]:
-            del self._leases[tensor_id]
+        for lease in [lease for lease in self._leases.values() if lease.expire_time_s <= now]:
+            del self._leases[lease.tensor_id]
+            lease.on_end()

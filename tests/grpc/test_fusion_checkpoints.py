@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -14,6 +15,7 @@ import torch
 from ovi.common.v1 import generation_pb2, system_pb2, tensor_pb2
 from ovi.fusion.v1 import fusion_pb2 as pb
 from ovi.fusion.v1 import fusion_pb2_grpc as pb_grpc
+from services.fusion.sampling.control import LONGEST_WAIT_S
 from shared.errors import ReferenceLost
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
@@ -24,6 +26,8 @@ from tests.service_process import ServiceProcess, running_service
 MODEL = "720x720_5s"
 TIMEOUT_S = 90
 STEPS, EVERY = 10, 3
+FIRST = EVERY - 1
+"""After so many steps a checkpoint comes, and then again: it travels while one more is made."""
 MAX_BYTES = 1 << 28
 
 
@@ -149,7 +153,7 @@ def test_a_run_goes_on_from_each_of_its_checkpoints(stub, caller, solver, pictur
     request = caller.request(picture=picture, solver=solver)
     whole = caller.run(stub, request)
     assert whole.steps == list(range(1, STEPS + 1)) and whole.kinds[0] == "begun" and whole.kinds[-1] == "result"
-    assert min(whole.files) == EVERY
+    assert list(whole.files) == [2, 4, 6, 8], "each is waited for"
     for steps_done, file in whole.files.items():
         request.checkpoint.CopyFrom(caller.publish(file))
         rest = caller.run(stub, request)
@@ -173,6 +177,7 @@ def test_a_process_killed_three_times_and_another_that_ends_the_work(checkpoints
         assert made.begun == pb.Begun(steps_done=done[-1] if done else 0)
         done.append(max(made.files))
         assert made.steps[0] == made.begun.steps_done + 1
+        assert made.steps[-1] <= done[-1] + EVERY
         request.checkpoint.CopyFrom(caller.publish(made.files[done[-1]]))
     assert done == sorted(set(done)), "each went on further"
     rest = caller.run(stub, request)
@@ -180,13 +185,41 @@ def test_a_process_killed_three_times_and_another_that_ends_the_work(checkpoints
     assert_same(rest.latents, whole.latents)
 
 
+def test_the_worst_moment_for_a_kill_costs_no_more_than_was_allowed(checkpoints, stub, caller) -> None:
+    """The reader has kept the first checkpoint; the second is with it, but not kept yet, and the worker dies."""
+    request = caller.request(num_inference_steps=100)
+    flags = ("--checkpoints", str(checkpoints), "--log-level", "debug")
+    kept, made = 0, Made()
+    with running_service("fusion", *flags) as victim, victim.channel() as channel:
+        victim_stub = pb_grpc.FusionServiceStub(channel)
+        call = victim_stub.Denoise(request, timeout=TIMEOUT_S)
+        for event in call:
+            if kept and event.WhichOneof("event") == "checkpoint":
+                break
+            made.add(event, caller)
+            kept = max(made.files, default=0)
+        assert kept == FIRST and event.checkpoint.steps_done == 2 * FIRST
+        assert next(call).step.index == kept + EVERY
+        for _ in range(50):  # time enough for many steps
+            assert victim_stub.DescribeModel(pb.DescribeModelRequest(), timeout=TIMEOUT_S).num_pending == 1
+        victim.process.kill()
+        victim.process.wait(TIMEOUT_S)
+    logged = [entry["index"] for entry in victim.log if entry["event"] == "step"]
+    assert logged == list(range(1, kept + EVERY + 1))
+    request.checkpoint.CopyFrom(caller.publish(made.files[kept]))
+    rest = caller.run(stub, request)
+    assert rest.steps == list(range(kept + 1, 101))
+    request.ClearField("checkpoint")
+    assert_same(rest.latents, caller.run(stub, request).latents)
+
+
 def test_weights_in_int8(stub, caller) -> None:
     request = caller.request()
     request.vram_mode = system_pb2.VRAM_MODE_ULTRA_LOW
     whole = caller.run(stub, request)
-    request.checkpoint.CopyFrom(caller.publish(whole.files[EVERY]))
+    request.checkpoint.CopyFrom(caller.publish(whole.files[FIRST]))
     rest = caller.run(stub, request)
-    assert rest.begun.steps_done == EVERY
+    assert rest.begun.steps_done == FIRST
     assert_same(rest.latents, whole.latents)
     request.vram_mode = system_pb2.VRAM_MODE_STANDARD
     other = caller.run(stub, request)
@@ -218,7 +251,7 @@ def test_with_the_step_cache_a_run_goes_on_from_a_computed_step(stub, caller) ->
 )
 def test_what_cannot_be_used_is_told_and_the_run_begins_at_its_first_step(stub, caller, change, says) -> None:
     request = caller.request()
-    file = caller.run(stub, request).files[EVERY].clone()
+    file = caller.run(stub, request).files[FIRST].clone()
     change(request, file)
     request.checkpoint.CopyFrom(caller.publish(file))
     made = caller.run(stub, request)
@@ -246,9 +279,11 @@ def test_a_checkpoint_that_cannot_be_had_is_done_without(stub, caller, change, s
 
 def test_one_at_a_time_and_none_is_left_behind(stub, caller) -> None:
     request = caller.request()
+    begun_s = time.monotonic()
     events = list(stub.Denoise(request, timeout=TIMEOUT_S))
+    assert LONGEST_WAIT_S <= time.monotonic() - begun_s < 2 * LONGEST_WAIT_S, "it was waited for, once"
     (given,) = (event.checkpoint for event in events if event.WhichOneof("event") == "checkpoint")
-    assert given.steps_done == EVERY, "the first was never released, so no other was made"
+    assert given.steps_done == FIRST, "the first was never released, so no other was made"
     with pytest.raises(ReferenceLost):
         caller.fetch(given.state)
     request.checkpoint_steps = 0
@@ -264,9 +299,10 @@ def test_a_cancel_while_a_checkpoint_is_taken_leaves_nothing_behind(stub, caller
         if event.WhichOneof("event") == seen:
             call.cancel()
             break
+    begun_s = time.monotonic()
     request.options.num_inference_steps = 2
     made = caller.run(stub, request)  # comes through long before 1000 steps could have ended
-    assert made.steps == [1, 2]
+    assert made.steps == [1, 2] and time.monotonic() - begun_s < LONGEST_WAIT_S, "nobody waits for who is gone"
     if seen == "checkpoint":
         with pytest.raises(ReferenceLost):
             caller.fetch(event.checkpoint.state)

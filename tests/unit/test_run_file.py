@@ -1,4 +1,4 @@
-"""The file of a run's state: readable by anybody, refused when damaged or another run's; and when states are given."""
+"""The file of a run's state: readable by anybody, refused when damaged or another run's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from services.fusion.sampling.control import RunBegun, RunControl, RunPaused, StateGiven
-from services.fusion.sampling.denoise import Latents, RunState, StepDone
+from services.fusion.sampling.denoise import Latents, RunState
 from services.fusion.sampling.run_file import RunShape, UnusableState, pack, tensors_of, unpack
 from services.fusion.sampling.solvers import history_names
 from shared.sampling_options import SamplingOptions, Solver
@@ -140,83 +139,3 @@ def test_a_state_of_another_solver_or_size_does_not_fit() -> None:
     assert unpack(file, IDENTITY, euler).steps_done == 10
     with pytest.raises(UnusableState, match="video_latent of the checkpoint is"):
         unpack(file, IDENTITY, replace(euler, video=(48, 2, 2, 4)))
-
-
-class Run:
-    """A run's events, and whether it was closed."""
-
-    def __init__(self, *numbers: int | None, total: int = 30) -> None:
-        """
-        Args:
-            numbers: steps_done of the state of each step; None: no state.
-            total: of steps.
-        """
-        self.closed = False
-        self.events = self._make(numbers, total)
-
-    def _make(self, numbers, total):
-        try:
-            for index, number in enumerate(numbers):
-                yield StepDone(index + 1, total, 1.0, 0.1, state=None if number is None else state_at(number))
-            yield "the result"
-        finally:
-            self.closed = True
-
-
-def steered(control: RunControl, run: Run, steps_done: int = 0, *, at_once: bool = True) -> list[object]:
-    """What comes of a run: steps as None, states as their number; each is fetched at once, or never."""
-    seen: list[object] = []
-    for event in control.steer(run.events, steps_done):
-        if isinstance(event, StepDone):
-            assert event.state is None, "a state does not leave with its step"
-            continue
-        if isinstance(event, StateGiven):
-            if at_once:
-                event.on_its_way.is_held = lambda: False
-            event = event.state.steps_done
-        seen.append(event if isinstance(event, int | str) else type(event))
-    assert run.closed
-    return seen
-
-
-def test_a_state_every_few_steps() -> None:
-    assert steered(RunControl(3), Run(*range(1, 11), None)) == [RunBegun, 3, 6, 9, "the result"]
-    assert steered(RunControl(3), Run(*range(6, 11), None), 5) == [RunBegun, 8, "the result"]
-    assert steered(RunControl(0), Run(*range(1, 11), None)) == [RunBegun, "the result"]
-
-
-def test_one_that_is_late_is_made_up_for() -> None:
-    """After a reused step there is no state: the next one is given, and the count goes on from there."""
-    assert steered(RunControl(3), Run(1, 2, None, None, 4, 5, 6, 7, None)) == [RunBegun, 4, 7, "the result"]
-
-
-def test_only_one_is_on_its_way() -> None:
-    assert steered(RunControl(2), Run(*range(1, 11), None), at_once=False) == [RunBegun, 2, "the result"]
-
-
-def test_a_run_that_begins_again_counts_from_its_first_step() -> None:
-    assert steered(RunControl(4), Run(5, 6, 7, 8, 1, 2, 3, 4, 5, None), 4) == [RunBegun, 8, 4, "the result"]
-
-
-def test_a_pause_gives_the_state_and_stops() -> None:
-    control = RunControl(0)
-    assert not control.pause(), "it has not begun"
-    run = Run(*range(1, 11), None)
-    events = control.steer(run.events, 0)
-    assert isinstance(next(events), RunBegun) and isinstance(next(events), StepDone)
-    assert control.pause()
-    given, paused = events
-    assert given.state.steps_done == 1 and isinstance(paused, RunPaused) and run.closed
-    assert not control.pause(), "it has ended"
-
-
-def test_a_pause_waits_for_a_state_and_lets_the_last_step_end_the_run() -> None:
-    for numbers, expected in (((None, None, 2, 3), [2, RunPaused]), ((None,), ["the result"]), ((0, 1), [RunPaused])):
-        control = RunControl(0)
-        run = Run(*numbers)
-        events = control.steer(run.events, 0)
-        assert isinstance(next(events), RunBegun)
-        assert control.pause()
-        rest = [event for event in events if not isinstance(event, StepDone)]
-        seen = [event.state.steps_done if isinstance(event, StateGiven) else event for event in rest]
-        assert [each if isinstance(each, int | str) else type(each) for each in seen] == expected and run.closed

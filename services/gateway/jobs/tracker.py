@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 from services.gateway.disk import DatabaseAway, database_away_is_said, disk_full_is_said
-from services.gateway.jobs.domain import Ending, Job, JobStage, JobState, Progress
+from services.gateway.jobs.domain import Ending, Job, JobStage, JobState, Progress, Setback
 from services.gateway.jobs.listing import JobFilter, JobPage
 from services.gateway.jobs.signals import Signal
 from services.gateway.jobs.store import JobStore
@@ -156,7 +156,7 @@ class JobTracker:
             self._live.pop(job.id, None)
             self._tell(job)
 
-    async def begin(self, job_id: str, setback: str = "") -> Job | None:
+    async def begin(self, job_id: str, setback: Setback | None = None) -> Job | None:
         """Count one more attempt, nothing done yet; waits for the database if it is away.
 
         Returns:
@@ -164,7 +164,7 @@ class JobTracker:
         """
         return await self.until_written(lambda: self._begin(job_id, setback))
 
-    async def _begin(self, job_id: str, setback: str) -> Job | None:
+    async def _begin(self, job_id: str, setback: Setback | None) -> Job | None:
         async with self._lock:
             job = await self.in_thread(self._store.begin, job_id, time.time(), setback)
             if job is None:
@@ -190,6 +190,19 @@ class JobTracker:
                 self._signalled_s[job_id] = now_s
                 with contextlib.suppress(DatabaseAway):
                     await self.in_thread(self._store.signal, job_id, progress)
+
+    async def is_ours(self, job_id: str) -> bool:
+        """Whether this gateway may go on with a job that it works on; asks the table where others could have taken it.
+
+        A database that is away has given it to nobody yet.
+
+        Raises:
+            DiskFull: the database's.
+        """
+        live = self._live.get(job_id)
+        if live is not None and self._shared:
+            await self._move(job_id, live.progress, keep=True)
+        return job_id in self._live
 
     async def keep_progress(self) -> None:
         """Write down how far jobs are whose last step came too soon after the one before to be written."""
