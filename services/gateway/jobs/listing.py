@@ -55,45 +55,79 @@ def read_page(connection: sa.Connection, *, page_size: int, page_token: str, wan
     Raises:
         InvalidRequest: a page token that is not from this list, or an `after_id` of no job.
     """
-    conditions = _conditions(wanted)
-    starts = []
-    if wanted.after_id:
-        starts.append(_seq_of(connection, wanted.after_id))
-    if page_token:
-        starts.append(_read_token(page_token, wanted))
-    if starts:
-        start = max(starts) if wanted.oldest_first else min(starts)
-        conditions.append(jobs.c.seq > start if wanted.oldest_first else jobs.c.seq < start)
-    order = jobs.c.seq.asc() if wanted.oldest_first else jobs.c.seq.desc()
-    query = sa.select(jobs).order_by(order).limit(page_size + 1)
-    if wanted.states:
-        # Each part is a range of an index; all states at once would be sorted as a whole.
-        parts = [
-            sa.select(jobs.c.seq)
-            .where(jobs.c.state == state.value, *conditions)
-            .order_by(order)
-            .limit(page_size + 1)
-            .subquery()
-            for state in sorted(wanted.states, key=lambda state: state.value)
-        ]
-        query = query.where(jobs.c.seq.in_(sa.union_all(*(sa.select(part.c.seq) for part in parts))))
-    else:
-        query = query.where(*conditions)
-    rows = connection.execute(query).mappings().all()
+    first, last = _span(connection, page_token, wanted)
+    reading = _Reading(wanted, first, last, page_size + 1, weighs=connection.dialect.name == "postgresql")
+    rows = connection.execute(reading.query()).mappings().all()
     page = _fitting([job_of(row) for row in rows[:page_size]])
     token = _make_token(rows[len(page) - 1]["seq"], wanted) if len(rows) > len(page) else ""
     return JobPage(tuple(page), token)
 
 
-def _conditions(wanted: JobFilter) -> list[sa.ColumnElement[bool]]:
-    conditions: list[sa.ColumnElement[bool]] = []
-    if wanted.key_id is not None:
-        conditions.append(jobs.c.key_id == wanted.key_id)
-    if wanted.batch_id:
-        conditions += [has_batch, jobs.c.batch_id == wanted.batch_id]
-    if wanted.label:
-        conditions += [has_label, jobs.c.label == wanted.label]
-    return conditions
+@dataclass(frozen=True)
+class _Reading:
+    """How the first rows of a list are read: from an index that ends with seq, as one range of it, or one a state."""
+
+    wanted: JobFilter
+    first: int
+    last: int
+    """Only rows with a seq between these two."""
+    limit: int
+    weighs: bool
+    """The planner weighs what it holds to be many rows. SQLite's goes by what is compared alone."""
+
+    def query(self) -> sa.Select[Any]:
+        """The rows in their order, all columns."""
+        wanted = self.wanted
+        if wanted.batch_id:
+            # A batch has an end: its index needs no other columns.
+            of_batch = self._range(sa.select(jobs), [(jobs.c.batch_id, wanted.batch_id)])
+            return of_batch.where(has_batch, *self._beside_index())
+        named = [(jobs.c.label, wanted.label)] if wanted.label else []
+        named += [(jobs.c.key_id, wanted.key_id)] if wanted.key_id is not None else []
+        ranges = [[*named, (jobs.c.state, state.value)] for state in JobState if state in wanted.states] or [named]
+        if len(ranges) == 1:
+            return self._range(sa.select(jobs), ranges[0])
+        parts = [self._range(sa.select(jobs.c.seq), each).subquery() for each in ranges]
+        among = jobs.c.seq.in_(sa.union_all(*(sa.select(part.c.seq) for part in parts)))
+        return sa.select(jobs).where(among).order_by(self._directed(jobs.c.seq)).limit(self.limit)
+
+    def _range(self, query: sa.Select[Any], named: Sequence[tuple[sa.Column[str], str]]) -> sa.Select[Any]:
+        columns = [*(column for column, _ in named), jobs.c.seq]
+        if self.weighs:
+            # Told that a column has one value, it may look through all jobs in the order of seq for those that have it,
+            # which is long where they are at the other end. Compared as a whole, only the index has this order.
+            values = [value for _, value in named]
+            first, last = (sa.tuple_(*map(sa.literal, [*values, seq])) for seq in (self.first, self.last))
+            query = query.where(sa.tuple_(*columns) > first, sa.tuple_(*columns) < last)
+        else:
+            query = query.where(*(column == value for column, value in named))
+            query = query.where(jobs.c.seq > self.first, jobs.c.seq < self.last)
+        if self.wanted.label and not self.wanted.batch_id:
+            query = query.where(has_label)
+        return query.order_by(*map(self._directed, columns)).limit(self.limit)
+
+    def _beside_index(self) -> list[sa.ColumnElement[bool]]:
+        """Conditions beside that of a batch, in forms for which no other index is of use."""
+        wanted = self.wanted
+        conditions: list[sa.ColumnElement[bool]] = []
+        if wanted.states:
+            conditions.append(jobs.c.state.not_in([state.value for state in JobState if state not in wanted.states]))
+        for column, value in ((jobs.c.key_id, wanted.key_id), (jobs.c.label, wanted.label or None)):
+            if value is not None:
+                conditions.append(column + "" == value)
+        return conditions
+
+    def _directed(self, column: sa.Column[Any]) -> sa.UnaryExpression[Any]:
+        return column.asc() if self.wanted.oldest_first else column.desc()
+
+
+def _span(connection: sa.Connection, page_token: str, wanted: JobFilter) -> tuple[int, int]:
+    """Between which two seqs a page lies."""
+    starts = [_seq_of(connection, wanted.after_id)] if wanted.after_id else []
+    starts += [_read_token(page_token, wanted)] if page_token else []
+    if wanted.oldest_first:
+        return max(starts, default=0), _LARGEST_SEQ
+    return 0, min(starts, default=_LARGEST_SEQ)
 
 
 def _seq_of(connection: sa.Connection, job_id: str) -> int:

@@ -82,6 +82,9 @@ def _partial(name: str, *columns: sa.Column[Any], where: sa.ColumnElement[bool])
 
 _partial("ix_jobs_batch", jobs.c.batch_id, jobs.c.seq, where=has_batch)
 _partial("ix_jobs_label", jobs.c.label, jobs.c.seq, where=has_label)
+_partial("ix_jobs_label_state", jobs.c.label, jobs.c.state, jobs.c.seq, where=has_label)
+_partial("ix_jobs_label_key", jobs.c.label, jobs.c.key_id, jobs.c.seq, where=has_label)
+_partial("ix_jobs_label_key_state", jobs.c.label, jobs.c.key_id, jobs.c.state, jobs.c.seq, where=has_label)
 _partial("ix_jobs_deadline", jobs.c.deadline_time_s, where=jobs.c.deadline_time_s.is_not(None))
 _partial("ix_jobs_end", jobs.c.end_time_s, jobs.c.num_bytes, where=jobs.c.end_time_s.is_not(None))
 
@@ -160,7 +163,7 @@ def job_of(row: sa.RowMapping) -> Job:
         end_time_s=row["end_time_s"],
         attempts=row["attempts"],
         stage_seconds=row["stage_seconds"],
-        setbacks=tuple(Setback(time_s, reason) for time_s, reason in row["setbacks"]),
+        setbacks=tuple(map(Setback.from_json, row["setbacks"])),
         owner=row["owner"],
     )
 
