@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -58,6 +59,24 @@ def test_positions_between_keys_are_those_of_turns():
     assert snapshot.position("a", rank(2.0, 5), 5) == 2 + 1 + 1, "two of its own, b's first, and b's turn"
     assert snapshot.position("b", rank(10.0, 5), 5) == 1
     assert snapshot.position("new", rank(99.0, 5), 5) == 1
+
+
+def test_positions_agree_with_counting():
+    draw = random.Random(0)
+    for _ in range(20):
+        wishes = {
+            key: [(draw.uniform(0, 5000), draw.choice((0, 4, 5, 9))) for _ in range(draw.randrange(1, 30))]
+            for key in "abcd"[: draw.randrange(1, 5)]
+        }
+        by_key = {key: sorted((rank(at, level), level) for at, level in jobs) for key, jobs in wishes.items()}
+        snapshot = QueueSnapshot(by_key, {})
+        for key in (*by_key, "new"):
+            for at, level in wishes.get(key, [(2500.0, 5)]):
+                before = [other for place, other in by_key.get(key, []) if place < rank(at, level)]
+                others = [[other for _, other in jobs] for name, jobs in by_key.items() if name != key]
+                higher = sum(other > level for levels in others for other in levels)
+                turns = sum(min(before.count(level), levels.count(level)) for levels in others)
+                assert snapshot.position(key, rank(at, level), level) == len(before) + higher + turns
 
 
 def test_medians_are_learned_by_kind_and_scaled_by_steps():

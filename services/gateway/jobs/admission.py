@@ -9,16 +9,19 @@ served. At the same level the key with fewer jobs under way goes first, then the
 from __future__ import annotations
 
 import bisect
-from collections import Counter
+import itertools
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from services.gateway.auth.caller import NO_LIMITS, KeyLimits
+from services.gateway.jobs.domain import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
 AGEING_S = 600.0
 """Waiting that counts as much as one level of priority."""
 _DAY_S = 86_400
+_LEVELS = range(LOWEST_PRIORITY, HIGHEST_PRIORITY + 1)
 
 
 class Limits(Protocol):
@@ -94,9 +97,13 @@ class QueueSnapshot:
         """
         self.num_by_class = num_by_class
         self.total = sum(map(len, by_key.values()))
-        self._ranks = {key: [job_rank for job_rank, _ in jobs] for key, jobs in by_key.items()}
-        self._priorities = {key: [priority for _, priority in jobs] for key, jobs in by_key.items()}
-        self._levels = {key: Counter(priorities) for key, priorities in self._priorities.items()}
+        self._ranks = {key: array("d", [job_rank for job_rank, _ in jobs]) for key, jobs in by_key.items()}
+        self._places = {key: _places(priority for _, priority in jobs) for key, jobs in by_key.items()}
+        self._numbers = [[len(of_key.get(level, ())) for of_key in self._places.values()] for level in _LEVELS]
+        """Of jobs of each priority, key by key, least first."""
+        for numbers in self._numbers:
+            numbers.sort()
+        self._sums = [[0, *itertools.accumulate(numbers)] for numbers in self._numbers]
 
     def position(self, key_id: str, job_rank: float, priority: int) -> int:
         """How many jobs are begun before this one if nothing else comes.
@@ -104,11 +111,24 @@ class QueueSnapshot:
         Exact with one key. With several, those of a higher priority go first, and at the same priority each key has as
         many turns as this one needs.
         """
-        before = bisect.bisect_left(self._ranks.get(key_id, []), job_rank)
-        others = [levels for other, levels in self._levels.items() if other != key_id]
-        if others:
-            turns = self._priorities.get(key_id, [])[:before].count(priority)
-            for levels in others:
-                higher = sum(number for level, number in levels.items() if level > priority)
-                before += higher + min(turns, levels[priority])
-        return before
+        before = bisect.bisect_left(self._ranks.get(key_id, ()), job_rank)
+        own = self._places.get(key_id, {})
+        turns = bisect.bisect_left(own.get(priority, ()), before)
+        higher = range(priority + 1, HIGHEST_PRIORITY + 1)
+        of_all = sum(self._sums[level][-1] for level in higher) + self._turns_of_all(priority, turns)
+        of_own = sum(len(own.get(level, ())) for level in higher) + min(turns, len(own.get(priority, ())))
+        return before + of_all - of_own
+
+    def _turns_of_all(self, priority: int, turns: int) -> int:
+        """Jobs of a priority of all keys, at most so many of each."""
+        numbers = self._numbers[priority]
+        fewer = bisect.bisect_right(numbers, turns)
+        return self._sums[priority][fewer] + turns * (len(numbers) - fewer)
+
+
+def _places(priorities: Iterable[int]) -> dict[int, array[int]]:
+    """Where in a queue the jobs of each priority are, in order."""
+    places: dict[int, array[int]] = {}
+    for place, priority in enumerate(priorities):
+        places.setdefault(priority, array("Q")).append(place)
+    return places

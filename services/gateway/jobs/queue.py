@@ -24,6 +24,7 @@ MAX_OWNERS_LOST = 3
 """How often a job is taken up again after the gateway that worked on it was lost."""
 _ADMISSION_LOCK = 0x6F76_6902
 """Of PostgreSQL's advisory locks; gateways take jobs one after the other, so limits of keys hold for all of them."""
+_ROWS_AT_ONCE = 1000
 _QUEUED = jobs.c.state == JobState.QUEUED.value
 _RUNNING = jobs.c.state == JobState.RUNNING.value
 _WAITING = (JobState.QUEUED, JobState.PAUSED)
@@ -155,17 +156,21 @@ class JobQueue:
         by_key: dict[str, list[tuple[float, int]]] = {}
         num_by_class: Counter[str] = Counter()
         with self._engine.connect() as connection:
-            for key_id, rank, priority, cost_class in connection.execute(query):
-                by_key.setdefault(key_id, []).append((rank, priority))
-                num_by_class[cost_class] += 1
+            # In parts, between which others of this process get on.
+            for part in connection.execute(query).partitions(_ROWS_AT_ONCE):
+                for key_id, rank, priority, cost_class in part:
+                    by_key.setdefault(key_id, []).append((rank, priority))
+                    num_by_class[cost_class] += 1
         return QueueSnapshot(by_key, num_by_class)
 
     def completed_since(self, time_s: float, limit: int) -> list[tuple[str, dict[str, float], float]]:
         """Of the last jobs that were completed after a time: cost class, seconds of the stages, end; oldest first."""
+        # Told by what it is not: the index of ends is to be used, of which little is new, and not that of states.
+        completed = jobs.c.state.not_in([state.value for state in JobState if state is not JobState.COMPLETED])
         query = (
             sa.select(jobs.c.cost_class, jobs.c.stage_seconds, jobs.c.end_time_s)
             .where(jobs.c.end_time_s.is_not(None), jobs.c.end_time_s > time_s)
-            .where(jobs.c.state == JobState.COMPLETED.value, jobs.c.cost_class != "")
+            .where(completed, jobs.c.cost_class != "")
             .order_by(jobs.c.end_time_s.desc())
             .limit(limit)
         )
@@ -177,11 +182,13 @@ class JobQueue:
         ended = jobs.c.end_time_s.is_not(None)
         oldest = sa.select(jobs.c.id).where(ended).order_by(jobs.c.end_time_s)
         with self._engine.connect() as connection:
-            number, size = connection.execute(
-                sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.num_bytes), 0)).where(ended)
-            ).one()
-            too_many = number - retention.max_jobs if retention.max_jobs else 0
-            too_large = int(size) - retention.max_bytes if retention.max_bytes else 0
+            too_many = too_large = 0
+            if retention.max_jobs or retention.max_bytes:
+                number, size = connection.execute(
+                    sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.num_bytes), 0)).where(ended)
+                ).one()
+                too_many = number - retention.max_jobs if retention.max_jobs else 0
+                too_large = int(size) - retention.max_bytes if retention.max_bytes else 0
             ids: list[str] = []
             for job_id, end_time_s, num_bytes in connection.execute(
                 oldest.add_columns(jobs.c.end_time_s, jobs.c.num_bytes).limit(limit)
