@@ -11,7 +11,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -64,8 +64,8 @@ class _Producer:
         self.server = TensorServer(self.store, host="127.0.0.1", port=0, advertise_host="127.0.0.1")
         self._ids: list[str] = []
 
-    def publish(self, tensor: torch.Tensor) -> tensor_pb2.TensorRef:
-        lease = self.store.put(tensor)
+    def publish(self, tensor: torch.Tensor, on_end: Callable[[], None] = lambda: None) -> tensor_pb2.TensorRef:
+        lease = self.store.put(tensor, on_end=on_end)
         self._ids.append(lease.tensor_id)
         return self.server.publish(lease)
 
@@ -215,6 +215,8 @@ class DenoiseCall:
     commands: queue.Queue[str | OviError | fusion_pb2.ModeLowered | fusion_pb2.Checkpoint] = field(
         default_factory=queue.Queue
     )
+    on_over: Callable[[], None] = lambda: None
+    """Called at the end, too."""
 
     def step(self) -> None:
         """Finish the next step."""
@@ -242,6 +244,7 @@ class DenoiseCall:
 
     def over(self) -> None:
         self.ended.set()
+        self.on_over()
         self.commands.put("over")
 
 
@@ -269,9 +272,9 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
         """The next Denoise call, when it comes."""
         return self.calls.get(timeout=WAIT_S)
 
-    def checkpoint(self, steps_done: int) -> fusion_pb2.Checkpoint:
-        """A checkpoint that is kept here until it is released."""
-        state = self.producer.publish(checkpoint_of(steps_done))
+    def checkpoint(self, steps_done: int, on_end: Callable[[], None] = lambda: None) -> fusion_pb2.Checkpoint:
+        """A checkpoint that is kept here until it is released; then `on_end` is called."""
+        state = self.producer.publish(checkpoint_of(steps_done), on_end)
         return fusion_pb2.Checkpoint(state=state, steps_done=steps_done)
 
     def PauseRun(self, request, context):
@@ -376,6 +379,7 @@ class ScriptedVae(_Stage, vae_pb2_grpc.VaeServiceServicer):
     """Clips that depend on the latents alone; notes every call."""
 
     name = "vae"
+    chunk_bytes = 1 << 20
 
     def __init__(self) -> None:
         self.decodes: list[vae_pb2.DecodeClipRequest] = []
@@ -399,15 +403,19 @@ class ScriptedVae(_Stage, vae_pb2_grpc.VaeServiceServicer):
         latent = torch.full((48, 1, size.height // 16, size.width // 16), 0.5)
         return vae_pb2.EncodeImageResponse(latent=self.producer.publish(latent))
 
+    def made_of(self, video: torch.Tensor, audio: torch.Tensor) -> bytes:
+        """The clip of these latents."""
+        return _clip(video, audio)
+
     def DecodeClip(self, request, context):
         with _told(context):
             self.decodes.append(request)
-            told = _clip(self.fetch(request.video_latent, "video_latent"), self.fetch(request.audio_latent, "audio"))
-            clip = told if self.clip is None else self.clip
+            video, audio = self.fetch(request.video_latent, "video_latent"), self.fetch(request.audio_latent, "audio")
+            clip = self.made_of(video, audio) if self.clip is None else self.clip
             yield vae_pb2.DecodeClipResponse(progress=vae_pb2.DecodeProgress(frames_done=60, frames_total=NUM_FRAMES))
             self.allowed.wait(WAIT_S)
-            for start in range(0, len(clip), 1 << 20):
-                yield vae_pb2.DecodeClipResponse(chunk=clip[start : start + (1 << 20)])
+            for start in range(0, len(clip), self.chunk_bytes):
+                yield vae_pb2.DecodeClipResponse(chunk=clip[start : start + self.chunk_bytes])
             summary = vae_pb2.ClipSummary(
                 num_bytes=len(clip),
                 crc32c=google_crc32c.value(clip) ^ self.damage,
