@@ -38,7 +38,7 @@ class GatewayMetrics:
         )
         self._repeated = Counter(
             "ovi_denoise_steps_repeated",
-            "Solver steps made again because a denoise was cut after its last checkpoint, as far as this gateway saw",
+            "Solver steps made again because a denoise was cut or its mode lowered, as far as this gateway saw",
             registry=registry,
         )
         self._devices = DeviceMetrics(registry)
@@ -60,7 +60,7 @@ class GatewayMetrics:
         self._steps.observe(seconds)
 
     def steps_repeated(self, number: int) -> None:
-        """A denoise begins so many steps before where it was."""
+        """So many steps had been made before."""
         self._repeated.inc(number)
 
     def mode_was_lowered(self) -> None:
