@@ -93,7 +93,7 @@ class RunStream:
         store, settle = self._tensors.store, given.settled.set
 
         def offer() -> Lease:
-            return store.put(pack(given.state, self._identify(mode)), on_end=settle)
+            return store.put(pack(given.state, self._identify(mode), mode), on_end=settle)
 
         try:
             lease = await asyncio.to_thread(offer)

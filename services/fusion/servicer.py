@@ -22,12 +22,12 @@ from services.fusion.request import RunInputs, RunSpec, ServedVariant, TensorSha
 from services.fusion.run_stream import Event, RunStream
 from services.fusion.sampling.control import RunControl
 from services.fusion.sampling.denoise import RunState
-from services.fusion.sampling.run_file import Identity, RunShape, UnusableState, unpack
+from services.fusion.sampling.run_file import Identity, RunShape, UnusableState, mode_of, unpack
 from shared.device_worker import DeviceWorker
 from shared.errors import CorruptTensor, FieldViolation, InvalidRequest, OutOfMemory, ReferenceLost
 from shared.generation_proto import prompt_format_to_proto, sampling_options_from_proto, size_to_proto
 from shared.logging import get_logger
-from shared.memory.modes import RECIPES, VramMode
+from shared.memory.modes import LOWER, RECIPES, VramMode, may_become
 from shared.memory.turns import DeviceTurns, device_key
 from shared.service_main import device_name
 from shared.shapes import FPS, common_sizes
@@ -103,7 +103,7 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         identify = functools.cache(functools.partial(self._engine.identity, spec, inputs))
         start, refused = None, ""
         if request.HasField("checkpoint"):
-            start, refused = await self._start(request.checkpoint, timeout_s, spec, lambda: identify(mode))
+            mode, start, refused = await self._start(request.checkpoint, timeout_s, spec, mode, identify)
         begun = pb.Begun(checkpoint_refused=refused)
         if start is not None:
             begun.steps_done, begun.steps_reused = start.steps_done, start.steps_reused
@@ -220,15 +220,31 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
         )
 
     async def _start(
-        self, reference: tensor_pb2.TensorRef, timeout_s: float, spec: RunSpec, identify: Callable[[], Identity]
-    ) -> tuple[RunState | None, str]:
-        """The state in a checkpoint; or None, and why it is not used: a run can do without."""
+        self,
+        reference: tensor_pb2.TensorRef,
+        timeout_s: float,
+        spec: RunSpec,
+        mode: VramMode,
+        identify: Callable[[VramMode], Identity],
+    ) -> tuple[VramMode, RunState | None, str]:
+        """In which mode the run goes on, and the state in a checkpoint; or None, and why it is not used."""
         try:
             file = await self._fetch("checkpoint", reference, timeout_s, max_bytes=_MAX_CHECKPOINT_BYTES)
         except (InvalidRequest, ReferenceLost, CorruptTensor) as error:
             log.warning("a checkpoint cannot be fetched; the run begins at its first step", reason=error.message)
-            return None, f"the checkpoint cannot be fetched: {error.message}"
-        return await asyncio.to_thread(self._opened, file, spec, identify)
+            return mode, None, f"the checkpoint cannot be fetched: {error.message}"
+        # A run whose mode was lowered goes on in that one: in the first one memory would run out again.
+        made_in = mode_of(file)
+        if made_in in LOWER[mode] and may_become(spec.vram_mode, made_in) and self._fits(spec.model, made_in):
+            mode = made_in
+        return mode, *await asyncio.to_thread(self._opened, file, spec, lambda: identify(mode))
+
+    def _fits(self, model: str, mode: VramMode) -> bool:
+        try:
+            self._engine.plan(model, mode)
+        except OutOfMemory:
+            return False
+        return True
 
     def _opened(
         self, file: torch.Tensor, spec: RunSpec, identify: Callable[[], Identity]

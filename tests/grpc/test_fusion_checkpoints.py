@@ -120,6 +120,7 @@ class Made:
         self.files: dict[int, torch.Tensor] = {}
         """Checkpoints, by the steps that they save."""
         self.latents: list[torch.Tensor] = []
+        self.vram_mode = system_pb2.VRAM_MODE_UNSPECIFIED
 
     def add(self, event: pb.DenoiseResponse, caller: Caller) -> None:
         kind = event.WhichOneof("event")
@@ -133,6 +134,7 @@ class Made:
                 self.files[event.checkpoint.steps_done] = caller.fetch(event.checkpoint.state)
         elif kind == "result":
             self.latents = caller.latents(event.result)
+            self.vram_mode = event.result.vram_mode
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +223,11 @@ def test_weights_in_int8(stub, caller) -> None:
     rest = caller.run(stub, request)
     assert rest.begun.steps_done == FIRST
     assert_same(rest.latents, whole.latents)
+    # What was made in a lower mode, since memory ran out, goes on there unless another one was asked for.
+    request.vram_mode = system_pb2.VRAM_MODE_UNSPECIFIED
+    lowered = caller.run(stub, request)
+    assert lowered.begun.steps_done == FIRST and lowered.vram_mode == system_pb2.VRAM_MODE_ULTRA_LOW
+    assert_same(lowered.latents, whole.latents)
     request.vram_mode = system_pb2.VRAM_MODE_STANDARD
     other = caller.run(stub, request)
     assert "another" in other.begun.checkpoint_refused and "weights" in other.begun.checkpoint_refused

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 
 from services.fusion.sampling.denoise import Latents, RunState
-from services.fusion.sampling.run_file import RunShape, UnusableState, pack, tensors_of, unpack
+from services.fusion.sampling.run_file import RunShape, UnusableState, mode_of, pack, tensors_of, unpack
 from services.fusion.sampling.solvers import history_names
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions, Solver
 
 VIDEO, AUDIO = (48, 2, 2, 2), (5, 20)
@@ -34,8 +35,9 @@ def state_at(steps_done: int, solver: Solver = Solver.UNIPC) -> RunState:
 
 def test_what_is_read_is_what_was_kept_and_others_can_read_it_too(tmp_path) -> None:
     state = state_at(10)
-    file = pack(state, IDENTITY)
+    file = pack(state, IDENTITY, VramMode.STANDARD)
     read = unpack(file, IDENTITY, SHAPE)
+    assert mode_of(file) is VramMode.STANDARD and mode_of(file[:40]) is None and mode_of(file[40:].clone()) is None
     assert (read.steps_done, read.steps_reused) == (10, 3)
     kept = tensors_of(state)
     assert tensors_of(read).keys() == kept.keys() and len(kept) == 8
@@ -49,7 +51,7 @@ def test_what_is_read_is_what_was_kept_and_others_can_read_it_too(tmp_path) -> N
 
 
 def test_one_changed_bit_anywhere_is_noticed() -> None:
-    file = pack(state_at(10), IDENTITY)
+    file = pack(state_at(10), IDENTITY, VramMode.STANDARD)
     generator = torch.Generator().manual_seed(0)
     places = torch.randint(len(file), (300,), generator=generator).tolist()
     for place in [*range(0, 700, 7), *places, len(file) - 1]:
@@ -61,7 +63,7 @@ def test_one_changed_bit_anywhere_is_noticed() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 1000])
 def test_a_file_that_is_cut_off_is_damaged(length) -> None:
-    file = pack(state_at(10), IDENTITY)
+    file = pack(state_at(10), IDENTITY, VramMode.STANDARD)
     with pytest.raises(UnusableState, match="damaged"):
         unpack(file[:length], IDENTITY, SHAPE)
     with pytest.raises(UnusableState, match="damaged"):
@@ -85,12 +87,12 @@ def test_what_is_no_file_at_all_is_refused(file) -> None:
 @pytest.mark.parametrize("name", IDENTITY)
 def test_another_run_is_named(name) -> None:
     with pytest.raises(UnusableState, match=f"with another {name}$"):
-        unpack(pack(state_at(10), IDENTITY), IDENTITY | {name: "other"}, SHAPE)
+        unpack(pack(state_at(10), IDENTITY, VramMode.STANDARD), IDENTITY | {name: "other"}, SHAPE)
 
 
 def forged(change) -> torch.Tensor:
     """A file with another header and a checksum that fits."""
-    file = pack(state_at(10), IDENTITY).numpy().tobytes()
+    file = pack(state_at(10), IDENTITY, VramMode.STANDARD).numpy().tobytes()
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])
     change(header)
@@ -132,7 +134,7 @@ def test_a_whole_file_with_impossible_content_is_refused(change, says) -> None:
 
 
 def test_a_state_of_another_solver_or_size_does_not_fit() -> None:
-    file = pack(state_at(10, Solver.EULER), IDENTITY)
+    file = pack(state_at(10, Solver.EULER), IDENTITY, VramMode.STANDARD)
     with pytest.raises(UnusableState, match="a run of this kind has"):
         unpack(file, IDENTITY, SHAPE)
     euler = RunShape(VIDEO, AUDIO, replace(OPTIONS, solver=Solver.EULER))

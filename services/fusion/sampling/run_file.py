@@ -19,6 +19,7 @@ import torch
 
 from services.fusion.sampling.denoise import Latents, RunState
 from services.fusion.sampling.solvers import history_names
+from shared.memory.modes import VramMode
 from shared.sampling_options import SamplingOptions
 
 Identity = Mapping[str, str]
@@ -67,12 +68,13 @@ def state_of(steps_done: int, steps_reused: int, tensors: Mapping[str, torch.Ten
     return RunState(steps_done, steps_reused, latents, history(_VIDEO_SOLVER), history(_AUDIO_SOLVER))
 
 
-def pack(state: RunState, identity: Identity) -> torch.Tensor:
+def pack(state: RunState, identity: Identity, mode: VramMode) -> torch.Tensor:
     """The file of a state: uint8, on the CPU. Where the state is on a GPU, copied beside the work that goes on there.
 
     Args:
         state: complete; nothing writes to its tensors any more.
         identity: of its run.
+        mode: in which the run is made.
     """
     tensors = tensors_of(state)
     entries: dict[str, Any] = {}
@@ -84,6 +86,7 @@ def pack(state: RunState, identity: Identity) -> torch.Tensor:
         "identity": json.dumps(dict(identity), sort_keys=True),
         "steps_done": str(state.steps_done),
         "steps_reused": str(state.steps_reused),
+        "vram_mode": mode.value,
         "crc32c": "0" * _CHECKSUM_DIGITS,
     }
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
@@ -136,6 +139,15 @@ def unpack(file: torch.Tensor, identity: Identity, shape: RunShape) -> RunState:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnusableState(f"the checkpoint is not one of this service ({type(error).__name__})") from None
     return state_of(steps_done, steps_reused, tensors)
+
+
+def mode_of(file: torch.Tensor) -> VramMode | None:
+    """The mode of the run that a file is of; None if it does not tell. Whether the file is whole is not looked at."""
+    try:
+        header, _ = _split(file)
+        return VramMode(json.loads(header[_LENGTH.size :])["__metadata__"]["vram_mode"])
+    except (UnusableState, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _split(file: torch.Tensor) -> tuple[bytes, torch.Tensor]:
