@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from benchmarks.reference import DEVICE, FIGURES
 
 if TYPE_CHECKING:
-    from benchmarks.report import Line
+    from benchmarks.tables import Line
 
 # Text as text and no random ids: the same results give the same file.
 _STYLE: dict[Any, Any] = {"svg.hashsalt": "ovi-serve", "svg.fonttype": "none", "font.size": 9}
