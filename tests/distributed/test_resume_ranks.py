@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 
 import grpc
@@ -20,9 +21,10 @@ from services.fusion.parallel.groups import make_groups
 from services.fusion.parallel.parallelize import make_predictor
 from services.fusion.parallel.plan import ParallelPlan
 from services.fusion.quantization import quantize
+from services.fusion.sampling.control import LONGEST_WAIT_S
 from services.fusion.sampling.denoise import Latents, denoise, draw_noise
 from services.fusion.sampling.run_file import RunShape, pack, unpack
-from shared.memory.modes import WeightFormat
+from shared.memory.modes import VramMode, WeightFormat
 from shared.sampling_options import SamplingOptions, Solver
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_group_service import ranks_of
@@ -65,7 +67,7 @@ def _resumed_alike(predict, model, options: SamplingOptions, picture: bool, grou
     shape = RunShape(VIDEO, (AUDIO_LENGTH, 20), options)
     states = [step.state for step in steps if step.state is not None and step.state.steps_done > 1]
     for state in states[:1]:
-        kept = unpack(pack(state, {}), {}, shape)
+        kept = unpack(pack(state, {}, VramMode.STANDARD), {}, shape)
         *_, again = denoise(predict, draw_noise(VIDEO, (AUDIO_LENGTH, 20), 6), conditions, options, agree, kept)
         assert isinstance(final, Latents) and isinstance(again, Latents)
         pairs = ((again.video_CFHW, final.video_CFHW), (again.audio_SC, final.audio_SC))
@@ -86,6 +88,33 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("group")
     write_variant(folder, MODEL, seed=1)
     return folder
+
+
+def ranks_wait_for_a_reader(stub, caller: Caller, request: pb.DenoiseRequest, start: torch.Tensor, whole: Made) -> None:
+    """Twice the reader holds a checkpoint back: once it then keeps it, once it goes away."""
+    for keeps in (True, False):
+        request.checkpoint.CopyFrom(caller.publish(start))
+        call = stub.Denoise(request, timeout=TIMEOUT_S)
+        made = Made()
+        for event in call:
+            if event.WhichOneof("event") == "checkpoint":
+                break
+            made.add(event, caller)
+        made.add(next(call), caller)
+        assert made.steps == [made.begun.steps_done + n + 1 for n in range(request.checkpoint_steps)]
+        for _ in range(20):  # time enough for a further step
+            assert stub.DescribeModel(pb.DescribeModelRequest(), timeout=TIMEOUT_S).num_pending == 1
+        if keeps:
+            made.add(event, caller)
+            for event in call:
+                made.add(event, caller)
+            assert_same(made.latents, whole.latents)
+        else:
+            call.cancel()
+    request.checkpoint.CopyFrom(caller.publish(start))
+    begun_s = time.monotonic()
+    assert_same(caller.run(stub, request).latents, whole.latents)
+    assert time.monotonic() - begun_s < LONGEST_WAIT_S
 
 
 @pytest.mark.timeout(300)
@@ -117,7 +146,8 @@ def test_a_killed_group_and_a_paused_run_go_on(checkpoints, caller: Caller) -> N
         rest = caller.run(stub, request)
         assert rest.steps == list(range(max(paused.files) + 1, 31))
         assert_same(rest.latents, whole.latents)
-        assert {process.pid for process in ranks_of(service)} == pids, "a pause costs no rank"
+        ranks_wait_for_a_reader(stub, caller, request, made.files[kept], whole)
+        assert {process.pid for process in ranks_of(service)} == pids, "neither a pause nor a cancel costs a rank"
     # One process would add in another order, so its runs are others.
     header = bytes(paused.files[max(paused.files)][: 1 << 12].numpy())
     assert b'plan\\": \\"guidance 2 x sequence 1' in header

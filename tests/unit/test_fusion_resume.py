@@ -69,7 +69,7 @@ def same(a: Latents, b: Latents) -> bool:
 
 def through_a_file(state: RunState, options: SamplingOptions) -> RunState:
     """What another process reads of it."""
-    return unpack(pack(state, IDENTITY), IDENTITY, RunShape(VIDEO, AUDIO, options))
+    return unpack(pack(state, IDENTITY, VramMode.STANDARD), IDENTITY, RunShape(VIDEO, AUDIO, options))
 
 
 def with_some_reused(predict, conditions: Conditions, options: SamplingOptions) -> SamplingOptions:
