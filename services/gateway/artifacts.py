@@ -1,28 +1,33 @@
-"""Files that jobs leave behind. Written under a temporary name, synced, then renamed: a name that is there is whole."""
+"""Files that jobs leave behind, in the artifact store: a name that is there is whole."""
 
 from __future__ import annotations
 
-import os
+import asyncio
+import json
 import re
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import google_crc32c
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from services.gateway.jobs.domain import JOB_ID_PATTERN
+from services.gateway.objects import ObjectInfo, Store
 from shared.errors import CorruptTensor, NotFound
 
-_DOWNLOAD_CHUNK_BYTES = 512 << 10
+VIDEO = "video.mp4"
+_LATENTS = "latents.safetensors"
+_CHECKPOINT = "denoise.safetensors"
+_HEADER_BYTES = 64 << 10
+"""More than the header of a checkpoint has."""
+_PART_BYTES = 4 << 20
+"""Read of a clip at once."""
+_PIECE_BYTES = 512 << 10
+"""Given to a client at once."""
+_MAX_CLIP_BYTES = 1 << 30
+"""Far above the largest: 10 s of noise at 960 x 960 are some 100 MB."""
 _JOB_ID = re.compile(JOB_ID_PATTERN)
 
 
@@ -40,51 +45,80 @@ class Latents:
 
 
 class Artifacts:
-    """The files of all jobs, a folder a job."""
+    """The files of all jobs, a folder a job. Thread-safe; calls block, but for `pieces`.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        root.mkdir(parents=True, exist_ok=True)
+    Every call raises ArtifactsAway if the store cannot be reached.
+    """
 
-    def video_path(self, job_id: str) -> Path:
-        """Where a finished clip is, whether it is there or not."""
-        return self._folder(job_id) / "video.mp4"
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def find(self, job_id: str, file_name: str = VIDEO) -> ObjectInfo | None:
+        """A file of a job, which is whole if it is there."""
+        return self._store.find(_name(job_id, file_name))
+
+    def found_video(self, job_id: str) -> ObjectInfo:
+        """A finished clip.
+
+        Raises:
+            NotFound: the file is not there.
+        """
+        info = self.find(job_id)
+        if info is None:
+            raise NotFound(f"the video of {job_id} is gone; create the job again")
+        return info
+
+    def read(self, job_id: str, file_name: str = VIDEO) -> bytes:
+        """A file as a whole.
+
+        Raises:
+            NotFound: the file is not there.
+        """
+        content = self._store.get(_name(job_id, file_name))
+        if content is None:
+            raise NotFound(f"{file_name} of {job_id} is gone; create the job again")
+        return content
+
+    def write(self, job_id: str, file_name: str, content: bytes) -> None:
+        """Keep a file, in the place of what was kept before."""
+        self._store.put(_name(job_id, file_name), content)
+
+    async def pieces(self, job_id: str, file_name: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        """Bytes of a file from `start` up to `stop`, in pieces below 1 MiB; no more than some MiB are in memory.
+
+        Raises:
+            NotFound: the file is not there any more.
+        """
+        name = _name(job_id, file_name)
+        for begin in range(start, stop, _PART_BYTES):
+            part = await asyncio.to_thread(self._store.get_part, name, begin, min(begin + _PART_BYTES, stop))
+            if part is None:
+                raise NotFound(f"{file_name} of {job_id} was deleted")
+            for at in range(0, len(part), _PIECE_BYTES):
+                yield part[at : at + _PIECE_BYTES]
 
     def has_latents(self, job_id: str) -> bool:
         """Whether the denoise was finished."""
-        return self._latents_path(job_id).is_file()
+        return self.find(job_id, _LATENTS) is not None
 
     def write_latents(self, job_id: str, latents: Latents, metadata: dict[str, str]) -> None:
         """Keep the result of a denoise."""
-        path = self._latents_path(job_id)
-        path.parent.mkdir(exist_ok=True)
-        temporary = _temporary(path)
         tensors = {"video_latent": latents.video_CFHW.contiguous(), "audio_latent": latents.audio_SC.contiguous()}
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            settle(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self.write(job_id, _LATENTS, save(tensors, metadata=metadata))
 
-    def read_latents(self, job_id: str) -> Latents:
+    def read_latents(self, job_id: str) -> tuple[Latents, dict[str, str]]:
         """What `write_latents` kept.
 
         Raises:
             CorruptTensor: the file is damaged.
             NotFound: there is none.
         """
-        with self._open_latents(job_id) as file:
-            return Latents(file.get_tensor("video_latent"), file.get_tensor("audio_latent"))
-
-    def read_latents_metadata(self, job_id: str) -> dict[str, str]:
-        """The metadata that `write_latents` kept.
-
-        Raises:
-            CorruptTensor: the file is damaged.
-            NotFound: there is none.
-        """
-        with self._open_latents(job_id) as file:
-            return dict(file.metadata() or {})
+        content = self.read(job_id, _LATENTS)
+        try:
+            tensors = load(content)
+            return Latents(tensors["video_latent"], tensors["audio_latent"]), _metadata(content)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise CorruptTensor(f"the kept latents of {job_id} are damaged ({error}); create the job again") from None
 
     def write_checkpoint(self, job_id: str, file: torch.Tensor) -> None:
         """Keep where a denoise is, in the place of what was kept before.
@@ -93,150 +127,79 @@ class Artifacts:
             job_id: of the job.
             file: a safetensors file as bytes, uint8.
         """
-        path = self._checkpoint_path(job_id)
-        path.parent.mkdir(exist_ok=True)
-        temporary = _temporary(path)
-        try:
-            temporary.write_bytes(memoryview(file.numpy()))  # type: ignore[arg-type]
-            settle(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._store.put(_name(job_id, _CHECKPOINT), memoryview(file.numpy()))  # type: ignore[arg-type]
 
     def read_checkpoint(self, job_id: str) -> torch.Tensor | None:
         """What `write_checkpoint` kept, damaged or not; None if there is nothing."""
-        path = self._checkpoint_path(job_id)
-        return torch.from_numpy(np.fromfile(path, dtype=np.uint8)) if path.is_file() else None
+        content = self._store.get(_name(job_id, _CHECKPOINT))
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else None
 
     def checkpoint_steps(self, job_id: str) -> int:
         """How many steps the kept checkpoint saves; 0 if there is none, or it cannot be read."""
+        header = self._store.get_part(_name(job_id, _CHECKPOINT), 0, _HEADER_BYTES)
         try:
-            with safe_open(self._checkpoint_path(job_id), framework="pt") as file:
-                return int((file.metadata() or {}).get("steps_done", 0))
-        except (SafetensorError, OSError, ValueError):
+            return int(_metadata(header).get("steps_done", 0)) if header else 0
+        except ValueError:
             return 0
 
     def delete_checkpoint(self, job_id: str) -> None:
-        """Forget where a denoise was, and what killed gateways left half-written."""
-        path = self._checkpoint_path(job_id)
-        for file in (path, *path.parent.glob(f"{path.stem}.*.part")):
-            file.unlink(missing_ok=True)
-
-    def video_writer(self, job_id: str) -> VideoWriter:
-        """A writer for the clip."""
-        path = self.video_path(job_id)
-        path.parent.mkdir(exist_ok=True)
-        return VideoWriter(path)
-
-    def video_chunks(self, job_id: str) -> Iterator[bytes]:
-        """A finished clip in pieces below 1 MiB.
-
-        Raises:
-            NotFound: the file is not there.
-        """
-        path = self.video_path(job_id)
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:
-            raise NotFound(f"the video of {job_id} is gone from the data folder; create the job again") from None
-        with file:
-            while chunk := file.read(_DOWNLOAD_CHUNK_BYTES):
-                yield chunk
+        """Forget where a denoise was."""
+        self._store.delete(_name(job_id, _CHECKPOINT))
 
     def tidy(self, job_id: str) -> int:
         """Remove what killed gateways left half-written of a job that has ended; bytes of the files that stay."""
-        folder = self._folder(job_id)
-        for file in folder.glob("*.part"):
-            file.unlink(missing_ok=True)
-        total = 0
-        # A job that is cancelled at its end loses its files meanwhile.
-        with suppress(FileNotFoundError):
-            for file in folder.iterdir():
-                total += file.stat().st_size
-        return total
+        return self._store.tidy(_folder(job_id))
 
     def delete(self, job_id: str) -> None:
         """Remove a job's files; none being there is no error."""
-        folder = self._folder(job_id)
-        while folder.is_dir():
-            # Two may be at it: who cancels a job, and who notices that it was cancelled.
-            with suppress(FileNotFoundError):
-                shutil.rmtree(folder)
-
-    @contextmanager
-    def _open_latents(self, job_id: str) -> Iterator[Any]:
-        path = self._latents_path(job_id)
-        if not path.is_file():
-            raise NotFound(f"the latents of {job_id} are gone from the data folder; create the job again")
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise CorruptTensor(f"the kept latents of {job_id} are damaged ({error}); create the job again") from None
-
-    def _latents_path(self, job_id: str) -> Path:
-        return self._folder(job_id) / "latents.safetensors"
-
-    def _checkpoint_path(self, job_id: str) -> Path:
-        return self._folder(job_id) / "denoise.safetensors"
-
-    def _folder(self, job_id: str) -> Path:
-        if not is_job_id(job_id):
-            raise NotFound(f"{job_id[:64]!r} is no job id")
-        return self._root / job_id
+        self._store.delete_folder(_folder(job_id))
 
 
-class VideoWriter:
-    """Collects a clip under a temporary name; the real name appears only when size and checksum are right."""
+class ClipCollector:
+    """A clip on its way from the VAE service, in memory: nothing half-made is ever anywhere else."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = _temporary(path)
-        self._file = self._temporary.open("wb")
-        self._checksum = google_crc32c.Checksum()
+    def __init__(self) -> None:
+        self._content = bytearray()
 
-    def __enter__(self) -> Self:
-        return self
+    def add(self, chunk: bytes) -> None:
+        """The next bytes.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        Raises:
+            CorruptTensor: no clip is that long.
+        """
+        self._content += chunk
+        if len(self._content) > _MAX_CLIP_BYTES:
+            raise CorruptTensor(f"a clip came that has over {_MAX_CLIP_BYTES} bytes")
 
-    def write(self, chunk: bytes) -> None:
-        """Append the next bytes."""
-        self._file.write(chunk)
-        self._checksum.update(chunk)
-
-    def finish(self, *, num_bytes: int, crc32c: int) -> None:
-        """Give the file its name.
+    def whole(self, *, num_bytes: int, crc32c: int) -> bytes:
+        """The clip.
 
         Raises:
             CorruptTensor: it is not what was announced.
         """
-        received, checksum = self._file.tell(), int.from_bytes(self._checksum.digest(), "big")
+        content = bytes(self._content)
+        received, checksum = len(content), google_crc32c.value(content)
         if (received, checksum) != (num_bytes, crc32c):
             what = f"{received} bytes with checksum {checksum:08x}, announced were {num_bytes} with {crc32c:08x}"
             raise CorruptTensor(f"the clip did not arrive whole: {what}")
-        self._file.close()
-        settle(self._temporary, self._path)
+        return content
 
 
-def _temporary(path: Path) -> Path:
-    """A name of its own for a file in the making: a gateway that was held to be gone may come back to its own."""
-    return path.with_suffix(f".{secrets.token_hex(4)}.part")
+def _metadata(file: bytes) -> dict[str, str]:
+    """Of a safetensors file, or of its first bytes: eight of them tell how long the header is, which is JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return dict(header.get("__metadata__", {}))
 
 
-def settle(temporary: Path, path: Path) -> None:
-    """Rename a finished file so that neither a crash nor a power cut leaves half of it under its name."""
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
+def _name(job_id: str, file_name: str) -> str:
+    return f"{_folder(job_id)}/{file_name}"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _folder(job_id: str) -> str:
+    if not is_job_id(job_id):
+        raise NotFound(f"{job_id[:64]!r} is no job id")
+    return f"artifacts/{job_id}"

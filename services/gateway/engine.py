@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from ovi.gateway.v1 import gateway_pb2
-from services.gateway.artifacts import Artifacts
+from services.gateway.artifacts import VIDEO, Artifacts
 from services.gateway.auth.caller import Action, current_caller
 from services.gateway.batch import MAX_VIOLATIONS, parameters_of
 from services.gateway.disk import disk_full_is_said
@@ -229,8 +229,8 @@ class GatewayEngine:
             raise FailedPrecondition(f"{job_id} is {job.state.value}; cancel it before deleting it")
         await self._to_the_end(self._pipeline.remove(job_id))
 
-    async def video(self, job_id: str) -> Iterator[bytes]:
-        """The finished mp4 in pieces below 1 MiB; reading them blocks.
+    async def video(self, job_id: str) -> AsyncIterator[bytes]:
+        """The finished mp4 in pieces below 1 MiB.
 
         Raises:
             NotFound: there is no such job, or its file is gone.
@@ -239,7 +239,8 @@ class GatewayEngine:
         job = await self._seen(job_id)
         if job.state is not JobState.COMPLETED:
             raise FailedPrecondition(f"{job_id} is {job.state.value}; only a completed job has a video")
-        return self._artifacts.video_chunks(job_id)
+        info = await asyncio.to_thread(self._artifacts.found_video, job_id)
+        return self._artifacts.pieces(job_id, VIDEO, 0, info.num_bytes)
 
     async def keep_image(self, data: bytes) -> ImageInfo:
         """Keep a first picture.
@@ -342,7 +343,7 @@ class GatewayEngine:
 
     async def _cancel(self, job_id: str) -> None:
         if await self._pipeline.cancel(job_id):
-            await asyncio.to_thread(self._artifacts.delete, job_id)
+            await self._pipeline.discard_files(job_id)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something that must not stop half-way because its caller hung up."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
 import threading
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from services.gateway.artifacts import settle
+from services.gateway.objects import Store
 from shared.errors import NotFound
 from shared.pictures import open_picture
 
@@ -31,12 +29,11 @@ class ImageInfo:
 
 
 class ImageStore:
-    """Pictures by id. Thread-safe."""
+    """Pictures by id, in the artifact store. Thread-safe; every call raises ArtifactsAway if that cannot be reached."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._decoding = threading.Semaphore(_MAX_DECODING)
-        root.mkdir(parents=True, exist_ok=True)
 
     def put(self, data: bytes) -> ImageInfo:
         """Keep a PNG, JPEG or WebP file; the same bytes are kept once.
@@ -51,15 +48,17 @@ class ImageStore:
         with self._decoding:
             picture = open_picture(data, field="chunk")
         info = ImageInfo(image_id, picture.height, picture.width)
-        self._write(f"{image_id}.json", json.dumps(asdict(info)).encode())
-        self._write(image_id, data)
+        # What is known of it comes last: where that is, the picture is.
+        self._store.put(_name(image_id), data)
+        self._store.put(_name(f"{image_id}.json"), json.dumps(asdict(info)).encode())
         return info
 
     def find(self, image_id: str) -> ImageInfo | None:
         """What is known of a picture; None if it is not here, or the text is no id."""
-        if _IMAGE_ID.fullmatch(image_id) is None or not (self._root / image_id).is_file():
+        if _IMAGE_ID.fullmatch(image_id) is None:
             return None
-        return ImageInfo(**json.loads((self._root / f"{image_id}.json").read_bytes()))
+        known = self._store.get(_name(f"{image_id}.json"))
+        return None if known is None else ImageInfo(**json.loads(known))
 
     def read(self, image_id: str) -> bytes:
         """The file.
@@ -67,14 +66,11 @@ class ImageStore:
         Raises:
             NotFound: it is not here.
         """
-        if self.find(image_id) is None:
-            raise NotFound(f"picture {image_id[:64]!r} is not in the data folder; upload it again")
-        return (self._root / image_id).read_bytes()
+        data = None if _IMAGE_ID.fullmatch(image_id) is None else self._store.get(_name(image_id))
+        if data is None:
+            raise NotFound(f"picture {image_id[:64]!r} is not kept here; upload it again")
+        return data
 
-    def _write(self, name: str, data: bytes) -> None:
-        temporary = self._root / f"{name}.{secrets.token_hex(4)}.part"
-        try:
-            temporary.write_bytes(data)
-            settle(temporary, self._root / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+def _name(file_name: str) -> str:
+    return f"images/{file_name}"

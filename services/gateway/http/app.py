@@ -38,6 +38,7 @@ _EXPOSED_HEADERS = (
     "accept-ranges",
     "content-disposition",
     "content-range",
+    "etag",
     "openai-poll-after-ms",
     "retry-after",
     "x-request-id",

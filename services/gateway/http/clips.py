@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from pathlib import Path
+from functools import partial
 
-from fastapi.responses import FileResponse
-
-from services.gateway.artifacts import settle
+from services.gateway.artifacts import VIDEO
 from services.gateway.disk import disk_full_is_said
 from services.gateway.http.backend import Backend
 from services.gateway.http.errors import VideoNotReady
+from services.gateway.http.file_answer import FileAnswer
 from services.gateway.http.previews import Preview, PreviewMaker
 from services.gateway.jobs.domain import Job, JobState
+from services.gateway.objects import ObjectInfo
 from shared.errors import NotFound
 
 
@@ -24,7 +23,7 @@ class ClipAnswers:
         self._artifacts = backend.artifacts
         self._previews = PreviewMaker()
 
-    def video(self, job: Job, *, as_download: bool) -> FileResponse:
+    async def video(self, job: Job, *, as_download: bool) -> FileAnswer:
         """The mp4.
 
         Args:
@@ -34,48 +33,41 @@ class ClipAnswers:
         Raises:
             VideoNotReady: the job is not completed.
             NotFound: its file is gone.
+            ArtifactsAway: the artifact store cannot be reached.
         """
         _require_completed(job)
-        path = self._artifacts.video_path(job.id)
-        if not path.is_file():
-            raise NotFound(f"the video of {job.id} is gone from the data folder; create the job again")
-        kind = "attachment" if as_download else "inline"
-        return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type=kind)
+        info = await asyncio.to_thread(self._artifacts.found_video, job.id)
+        pieces = partial(self._artifacts.pieces, job.id, VIDEO)
+        return FileAnswer(info, pieces, media_type="video/mp4", filename=f"{job.id}.mp4", as_download=as_download)
 
-    async def preview(self, job: Job, preview: Preview) -> FileResponse:
+    async def preview(self, job: Job, preview: Preview) -> FileAnswer:
         """A picture of the clip.
 
         Raises:
             VideoNotReady: the job is not completed.
             NotFound: its file is gone.
             CorruptTensor: the clip cannot be decoded.
+            ArtifactsAway: the artifact store cannot be reached.
         """
         _require_completed(job)
-        clip = self._artifacts.video_path(job.id)
-        path = clip.with_name(preview.file_name)
-        if not path.is_file():
-            if not clip.is_file():
-                raise NotFound(f"the video of {job.id} is gone from the data folder; create the job again")
-            picture = await self._previews.make(clip, preview)
+        info = await asyncio.to_thread(self._artifacts.find, job.id, preview.file_name)
+        if info is None:
+            clip = await asyncio.to_thread(self._artifacts.read, job.id)
+            picture = await self._previews.make(job.id, clip, preview)
             with disk_full_is_said():
-                await asyncio.to_thread(_keep, path, picture)
-        return FileResponse(
-            path,
-            media_type=preview.media_type,
-            filename=f"{job.id}-{preview.file_name}",
-            content_disposition_type="inline",
-        )
+                info = await asyncio.to_thread(self._keep, job.id, preview, picture)
+        pieces = partial(self._artifacts.pieces, job.id, preview.file_name)
+        filename = f"{job.id}-{preview.file_name}"
+        return FileAnswer(info, pieces, media_type=preview.media_type, filename=filename, as_download=False)
 
-
-def _keep(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(f".{secrets.token_hex(4)}.part")
-    try:
-        temporary.write_bytes(data)
-        settle(temporary, path)
-    except FileNotFoundError:
-        raise NotFound(f"{path.parent.name} was deleted") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    def _keep(self, job_id: str, preview: Preview, picture: bytes) -> ObjectInfo:
+        self._artifacts.write(job_id, preview.file_name, picture)
+        kept = self._artifacts.find(job_id, preview.file_name)
+        if kept is None or self._artifacts.find(job_id) is None:
+            # It was deleted meanwhile, and the picture goes after it.
+            self._artifacts.delete(job_id)
+            raise NotFound(f"{job_id} was deleted")
+        return kept
 
 
 def _require_completed(job: Job) -> None:

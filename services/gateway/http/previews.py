@@ -6,7 +6,6 @@ import asyncio
 import enum
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import av
 from PIL import Image
@@ -44,30 +43,30 @@ class PreviewMaker:
     def __init__(self) -> None:
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
-    async def make(self, clip: Path, preview: Preview) -> bytes:
-        """The picture file.
+    async def make(self, job_id: str, clip: bytes, preview: Preview) -> bytes:
+        """The picture file of a job's mp4.
 
         Raises:
             CorruptTensor: the clip cannot be decoded.
         """
         async with self._turns:
-            return await asyncio.to_thread(picture_of, clip, preview)
+            return await asyncio.to_thread(picture_of, job_id, clip, preview)
 
 
-def picture_of(clip: Path, preview: Preview) -> bytes:
-    """Decode a clip and draw: its middle frame as WebP, or 5 x 5 frames spread evenly over it, row by row, as JPEG.
+def picture_of(job_id: str, clip: bytes, preview: Preview) -> bytes:
+    """Draw the middle frame of a job's mp4 as WebP, or 5 x 5 frames spread evenly over it, row by row, as JPEG.
 
     Raises:
         CorruptTensor: the clip cannot be decoded.
     """
     try:
-        with av.open(str(clip)) as container:
+        with av.open(io.BytesIO(clip), "r") as container:
             count = container.streams.video[0].frames
             if preview is Preview.THUMBNAIL:
                 return _encoded(_thumbnail(container, count), "WEBP")
             return _encoded(_sheet(container, count), "JPEG")
     except (av.FFmpegError, IndexError) as error:
-        raise CorruptTensor(f"the clip {clip.parent.name} cannot be decoded ({error}); create the job again") from None
+        raise CorruptTensor(f"the clip of {job_id} cannot be decoded ({error}); create the job again") from None
 
 
 def _thumbnail(container: av.container.InputContainer, count: int) -> Image.Image:

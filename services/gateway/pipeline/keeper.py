@@ -13,6 +13,7 @@ from services.gateway.jobs.leases import Lease
 from services.gateway.jobs.queue import JobQueue
 from services.gateway.jobs.signals import Signal
 from services.gateway.jobs.tracker import JobTracker
+from services.gateway.objects import ArtifactsAway
 from services.gateway.pipeline.pipeline import Pipeline
 from services.gateway.pipeline.workflows import Workflows
 from shared.errors import DiskFull
@@ -92,7 +93,7 @@ class Keeper:
             await asyncio.sleep(seconds)
             try:
                 await work()
-            except (DatabaseAway, DiskFull) as error:
+            except (DatabaseAway, DiskFull, ArtifactsAway) as error:
                 log.error("the queue could not be looked after", reason=error.message)
 
     async def _renew(self, lease: Lease) -> None:

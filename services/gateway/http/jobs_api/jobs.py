@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from services.gateway.http.backend import Backend
 from services.gateway.http.bodies import request_id_of
 from services.gateway.http.clips import ClipAnswers
 from services.gateway.http.errors import in_words_of
+from services.gateway.http.file_answer import FileAnswer
 from services.gateway.http.ids import JobId
 from services.gateway.http.jobs_api.feeds import END_ID, JobFeeds
 from services.gateway.http.jobs_api.schemas import NO_CONTROLS, JobList, JobRequest, JobView, engine_field, job_view
@@ -110,13 +111,13 @@ def _add_files(router: APIRouter, backend: Backend, clips: ClipAnswers) -> None:
     @router.api_route(
         "/{job_id}/video",
         methods=["GET", "HEAD"],
-        response_class=FileResponse,
+        response_class=Response,
         responses={200: {"content": MP4}},
         operation_id="job_video",
     )
-    async def job_video(job_id: JobId) -> FileResponse:
+    async def job_video(job_id: JobId) -> FileAnswer:
         """The finished clip; parts of it by Range."""
-        return clips.video(await backend.engine.get(job_id), as_download=False)
+        return await clips.video(await backend.engine.get(job_id), as_download=False)
 
     for preview, media_type in ((Preview.THUMBNAIL, WEBP), (Preview.SPRITESHEET, JPEG)):
         _add_preview(router, backend, clips, preview, media_type)
@@ -127,11 +128,11 @@ def _add_preview(
 ) -> None:
     @router.get(
         f"/{{job_id}}/{preview.value}",
-        response_class=FileResponse,
+        response_class=Response,
         responses={200: {"content": media_type}},
         operation_id=f"job_{preview.value}",
     )
-    async def job_preview(job_id: JobId) -> FileResponse:
+    async def job_preview(job_id: JobId) -> FileAnswer:
         """A picture of the finished clip: its middle frame, or 5 x 5 of its frames."""
         return await clips.preview(await backend.engine.get(job_id), preview)
 

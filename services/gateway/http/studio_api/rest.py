@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Request, Response
 
 from services.gateway.http.backend import Backend
 from services.gateway.http.bodies import json_object
 from services.gateway.http.clips import ClipAnswers
+from services.gateway.http.file_answer import FileAnswer
 from services.gateway.http.openapi import MP4, STUDIO_ERRORS, body_of, ref_to
 from services.gateway.http.studio_api.objects import (
     GenerationJob,
@@ -71,14 +71,14 @@ def studio_router(backend: Backend, studio: StudioService, clips: ClipAnswers) -
     @router.api_route(
         "/videos/{file:path}",
         methods=["GET", "HEAD"],
-        response_class=FileResponse,
+        response_class=Response,
         responses={200: {"content": MP4}},
         operation_id="studio_video",
     )
-    async def video(file: str) -> FileResponse:
+    async def video(file: str) -> FileAnswer:
         """A finished clip; parts of it by Range."""
         if not file.endswith(_SUFFIX):
             raise NotFound(f"{file[:64]!r} is no video; the name is a job's id and {_SUFFIX}")
-        return clips.video(await studio.find(file.removesuffix(_SUFFIX)), as_download=False)
+        return await clips.video(await studio.find(file.removesuffix(_SUFFIX)), as_download=False)
 
     return router

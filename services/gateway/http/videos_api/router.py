@@ -6,13 +6,13 @@ import time
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import FileResponse
 
 from services.gateway.artifacts import is_job_id
 from services.gateway.http.backend import Backend
 from services.gateway.http.bodies import json_object, request_id_of
 from services.gateway.http.clips import ClipAnswers
 from services.gateway.http.errors import in_words_of
+from services.gateway.http.file_answer import FileAnswer
 from services.gateway.http.ids import JobId
 from services.gateway.http.openapi import ERRORS, JPEG, MP4, WEBP, body_of
 from services.gateway.http.previews import Preview
@@ -130,17 +130,17 @@ def _add_reading(router: APIRouter, backend: Backend, clips: ClipAnswers) -> Non
     @router.api_route(
         "/{video_id}/content",
         methods=["GET", "HEAD"],
-        response_class=FileResponse,
+        response_class=Response,
         responses={200: {"content": MP4 | WEBP | JPEG}},
         operation_id="video_content",
     )
     async def download_content(
         video_id: JobId, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
-    ) -> FileResponse:
+    ) -> FileAnswer:
         """The clip, or a picture of it."""
         job = await engine.get(video_id)
         if variant == "video":
-            return clips.video(job, as_download=True)
+            return await clips.video(job, as_download=True)
         return await clips.preview(job, Preview(variant))
 
 
