@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -19,17 +20,30 @@ import torch
 from ovi.fusion.v1 import fusion_pb2
 from services.fusion.sampling.control import RunControl, StateGiven
 from services.fusion.sampling.denoise import Latents, RunState, StepDone
+from shared.tensors.store import Lease, TensorStore
 from tests.chaos.clips import encoded
 from tests.grpc.scripted_stages import DenoiseCall, ScriptedFusion, ScriptedTextEncoder, ScriptedVae
 
 STEP_S = 0.03
+TRAVEL_S = 0.1
+"""Until a tensor arrives: without being waited for, a checkpoint would be some steps late, as one of 169 MB can be."""
 _NOTHING = Latents(torch.zeros(0), torch.zeros(0))
+
+
+class FarAwayStore(TensorStore):
+    """From which tensors take their time."""
+
+    def get(self, tensor_id: str) -> Lease:
+        """After a while."""
+        time.sleep(TRAVEL_S)
+        return super().get(tensor_id)
 
 
 class PacedFusion(ScriptedFusion):
     """Denoises by the clock, steered as the real one is; its clips depend on the seed alone."""
 
     log = -1
+    store_type = FarAwayStore
 
     def _events(self, call: DenoiseCall) -> Iterator[fusion_pb2.DenoiseResponse]:
         events = super()._events(call)

@@ -59,8 +59,8 @@ def _clip(video: torch.Tensor, audio: torch.Tensor) -> bytes:
 class _Producer:
     """A stage's data port; `lose` forgets every tensor, as a restart does."""
 
-    def __init__(self) -> None:
-        self.store = TensorStore(lease_s=600, max_bytes=1 << 28)
+    def __init__(self, store_type: type[TensorStore]) -> None:
+        self.store = store_type(lease_s=600, max_bytes=1 << 28)
         self.server = TensorServer(self.store, host="127.0.0.1", port=0, advertise_host="127.0.0.1")
         self._ids: list[str] = []
 
@@ -128,9 +128,10 @@ class _Stage:
     """A server that can be stopped as a killed process is, and started again at the same address."""
 
     name: str
+    store_type = TensorStore
 
     def __init__(self) -> None:
-        self.producer = _Producer()
+        self.producer = _Producer(self.store_type)
         self.resolver = TensorResolver.over_grpc()
         self.system = ScriptedSystem()
         self._server: grpc.Server | None = None
