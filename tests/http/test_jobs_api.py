@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -67,6 +68,12 @@ def test_a_job_from_creation_to_its_files(http):
     assert http.get(f"/v1/jobs/{job['id']}").json() == end
     assert http.delete(f"/v1/jobs/{job['id']}").status_code == 204
     assert http.get(f"/v1/jobs/{job['id']}").status_code == 404
+
+
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(http):
+    """Which takes 40 ms, from about the tenth request of a connection on."""
+    taken = [http.get("/v1/jobs", params={"limit": 1}).elapsed.total_seconds() for _ in range(60)]
+    assert statistics.median(taken) < 0.035
 
 
 def test_events_tell_every_step_and_end_with_the_job(http, by_hand):
