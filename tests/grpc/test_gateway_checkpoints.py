@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+from ovi.common.v1 import system_pb2
 from ovi.gateway.v1 import gateway_pb2 as pb
 from services.gateway.config import PipelineOptions
 from tests.grpc.gateway_client import WAIT_S, GatewayUnderTest, running_gateway
@@ -118,6 +121,63 @@ def test_a_killed_gateway_goes_on_from_the_checkpoint(stages, data_dir):
         gateway.until(job.id, at_step(2))
         end = rest_of(gateway, job, call)[-1]
         assert end.state == pb.JOB_STATE_COMPLETED and end.attempts == 2 and gateway.download(job.id) == clip_of(32)
+
+
+class Released:
+    """When a worker gets a checkpoint back."""
+
+    def __init__(self, look: Callable[[], bool]) -> None:
+        """
+        Args:
+            look: called at the release.
+        """
+        self._look = look
+        self.seen: queue.Queue[bool] = queue.Queue()
+
+    def __call__(self) -> None:
+        self.seen.put(self._look())
+
+
+def test_a_checkpoint_is_given_back_when_it_is_kept_and_not_before(stages, data_dir):
+    with running_gateway(data_dir, *stages.flags) as gateway:
+        job, call = begin(gateway, stages, data_dir)
+        file = kept_file(data_dir, job.id)
+        kept_by_then = Released(lambda: file.read_bytes() == checkpoint_of(3).numpy().tobytes())
+        call.keep(stages.fusion.checkpoint(3, kept_by_then))
+        assert kept_by_then.seen.get(timeout=WAIT_S)
+        # What comes late, from a gateway that was held to be gone, does not take a job back.
+        again = Released(lambda: file.read_bytes() == checkpoint_of(3).numpy().tobytes())
+        call.keep(stages.fusion.checkpoint(2, again))
+        assert again.seen.get(timeout=WAIT_S)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_given_back_too(stages, data_dir):
+    with running_gateway(data_dir, *stages.flags) as gateway:
+        job, call = begin(gateway, stages, data_dir, seed=38)
+        file = kept_file(data_dir, job.id)
+        file.unlink()
+        (file / "in the way").mkdir(parents=True)
+        released = Released(file.is_dir)
+        call.keep(stages.fusion.checkpoint(3, released))
+        assert released.seen.get(timeout=WAIT_S)
+        assert any(entry["event"] == "a checkpoint was not kept" for entry in gateway.service.log)
+        shutil.rmtree(file)
+        assert rest_of(gateway, job, call)[-1].state == pb.JOB_STATE_COMPLETED
+        assert gateway.download(job.id) == clip_of(38)
+
+
+def test_what_was_made_in_a_mode_that_was_lowered_is_forgotten(stages, data_dir):
+    with running_gateway(data_dir, *stages.flags) as gateway:
+        job, call = begin(gateway, stages, data_dir, seed=39)
+        call.lower(system_pb2.VRAM_MODE_STREAMED, "memory ran out")
+        call.step()
+        gateway.until(job.id, lambda now: now.attempts == 2 and now.progress.done == 1)
+        assert not kept_file(data_dir, job.id).exists()
+        released = Released(kept_file(data_dir, job.id).is_file)
+        call.keep(stages.fusion.checkpoint(1, released))
+        assert released.seen.get(timeout=WAIT_S), "though it has fewer steps"
+        assert rest_of(gateway, job, call)[-1].state == pb.JOB_STATE_COMPLETED
+        assert metric(gateway, "ovi_denoise_steps_repeated_total") == 3
 
 
 def test_a_later_checkpoint_takes_the_place_of_the_earlier(stages, data_dir):

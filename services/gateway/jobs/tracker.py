@@ -194,14 +194,12 @@ class JobTracker:
     async def is_ours(self, job_id: str) -> bool:
         """Whether this gateway may go on with a job that it works on; asks the table where others could have taken it.
 
-        A database that is away has given it to nobody yet.
-
-        Raises:
-            DiskFull: the database's.
+        A database that is away, or whose disk is full, has given it to nobody.
         """
         live = self._live.get(job_id)
         if live is not None and self._shared:
-            await self._move(job_id, live.progress, keep=True)
+            with contextlib.suppress(DiskFull):
+                await self._move(job_id, live.progress, keep=True)
         return job_id in self._live
 
     async def keep_progress(self) -> None:
