@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from cli.checkpoints.presets import PRESETS
@@ -22,6 +25,7 @@ from services.fusion.model.fusion import FusionModel
 from services.fusion.quantization import FP8, has_fp8_products
 
 RESULTS = Path(__file__).parent / "results"
+_CPU_INFO = Path("/proc/cpuinfo")
 WARM_UP = 2
 """Calls before those that are timed."""
 
@@ -170,8 +174,16 @@ def synchronize(device: torch.device) -> None:
 
 def hardware_slug(title: str) -> str:
     """Name of the hardware in file names: "NVIDIA H200" is h200."""
-    words = [word for word in title.lower().split() if word not in ("nvidia", "geforce", "tesla")]
+    words = [word for word in re.findall(r"[a-z0-9]+", title.lower()) if word not in ("nvidia", "geforce", "tesla")]
     return "-".join(words)
+
+
+def processor_title() -> str:
+    """Model of this machine's processor, and how many cores of it there are for this process."""
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
+    model = next((line.partition(":")[2] for line in lines if line.startswith("model name")), platform.machine())
+    plain = re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|@.*", "", model)
+    return f"{' '.join(plain.split())}, {len(psutil.Process().cpu_affinity() or ())} cores"
 
 
 def describe_run(
@@ -182,12 +194,12 @@ def describe_run(
     Args:
         kind: which table the rows belong to.
         device: one of those that were used.
-        gpus: how many of them took part; ranks on a CPU.
+        gpus: how many of them took part; ranks on a CPU; 0: of a benchmark that computes nothing with tensors.
         options: the command's; those that name files are left out.
         variant: switches that differ from what the services choose, in words.
     """
     now = datetime.datetime.now(datetime.UTC)
-    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_title()
     return {
         "kind": kind,
         "date": now.date().isoformat(),
@@ -202,7 +214,8 @@ def describe_run(
 
 def result_path(described: dict[str, Any]) -> Path:
     """Where a run's result is kept: named by kind, hardware, variant and date."""
-    words = [described["kind"], hardware_slug(described["device"]), f"{described['gpus']}gpu"]
+    words = [described["kind"], hardware_slug(described["device"])]
+    words += [f"{described['gpus']}gpu"] if described["gpus"] else []
     words += [described["variant"].replace(" ", "-")] if described["variant"] else []
     return RESULTS / f"{'_'.join(words)}_{described['date']}.json"
 

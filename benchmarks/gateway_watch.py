@@ -1,42 +1,69 @@
-"""How soon many watchers hear of a step: server-sent events and gRPC streams of one job, all at once.
+"""How soon many watchers hear of a step, over server-sent events and gRPC at once; what a gateway takes while idle.
 
-`python -m benchmarks.gateway_watch --sse 1000 --grpc 1000 [--steps 20] [--json FILE]`. The stages are scripted: the job
-makes a step each time all watchers have heard of the one before. Times are from the moment at which the stage sends the
-step to the moment at which a watcher has read it; the watchers share one process, which takes its part of the machine.
+The stages are scripted: the job makes a step each time all watchers have heard of the one before. Times are from the
+moment at which the stage sends the step to the moment at which a watcher has read it; the watchers share one process,
+which takes its part of the machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import contextlib
 import json
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import grpc
 import httpx
-import psutil
 
-from benchmarks.gateway import spread
+from benchmarks.gateway_measures import NO_LIMITS, Footprint, Spread, core_percent
+from benchmarks.gateway_queue import fill
 from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from tests.grpc.gateway_client import GatewayUnderTest, running_gateway
-from tests.grpc.scripted_stages import DenoiseCall, scripted_stages
+from tests.grpc.scripted_stages import scripted_stages
 
 _STREAMS_A_CHANNEL = 100
 _OPENING_AT_ONCE = 50
 _HEARD_S = 60.0
-_NO_LIMITS = ("--max-watches", "0", "--requests-per-minute", "0", "--address-requests-per-minute", "0")
+_UNDER_WAY = 3
+"""Jobs that a gateway works on at once, unless told otherwise."""
 
 
-class Audience:
+@dataclass(frozen=True)
+class WatchRow:
+    """A step told to all watchers of one job, several times."""
+
+    sse: int
+    """Open event streams."""
+    grpc: int
+    """Open WatchJob calls beside them."""
+    steps: int
+    opened_s: float
+    """Until all of them were open and had heard where the job is."""
+    over_sse: Spread
+    over_grpc: Spread
+    footprint: Footprint
+
+
+@dataclass(frozen=True)
+class IdleRow:
+    """A gateway that nobody asks for anything."""
+
+    state: str
+    core_percent: float
+    """Of one core."""
+    footprint: Footprint
+
+
+class _Audience:
     """When each watcher heard of each step."""
 
     def __init__(self, number: int) -> None:
-        self._number = number
+        self.number = number
         self._heard: dict[int, list[float]] = {}
         self._complete = asyncio.Condition()
 
@@ -44,7 +71,7 @@ class Audience:
         """A watcher was told that so many steps are done."""
         moments = self._heard.setdefault(step, [])
         moments.append(time.perf_counter())
-        if len(moments) == self._number:
+        if len(moments) == self.number:
             async with self._complete:
                 self._complete.notify_all()
 
@@ -52,12 +79,12 @@ class Audience:
         """The moments, once every watcher was told."""
         async with self._complete:
             await asyncio.wait_for(
-                self._complete.wait_for(lambda: len(self._heard.get(step, ())) == self._number), _HEARD_S
+                self._complete.wait_for(lambda: len(self._heard.get(step, ())) == self.number), _HEARD_S
             )
         return self._heard[step]
 
 
-async def tell(audience: Audience, dones: AsyncIterator[int]) -> None:
+async def _tell(audience: _Audience, dones: AsyncIterator[int]) -> None:
     """Pass on what one watcher is told, each number of steps once."""
     last = -1
     async for done in dones:
@@ -66,7 +93,7 @@ async def tell(audience: Audience, dones: AsyncIterator[int]) -> None:
             await audience.hear(done)
 
 
-async def over_sse(client: httpx.AsyncClient, job_id: str) -> AsyncIterator[int]:
+async def _over_sse(client: httpx.AsyncClient, job_id: str) -> AsyncIterator[int]:
     """Steps done, as events tell."""
     async with client.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
         answer.raise_for_status()
@@ -75,71 +102,97 @@ async def over_sse(client: httpx.AsyncClient, job_id: str) -> AsyncIterator[int]
                 yield json.loads(line[5:])["progress"]["done"]
 
 
-async def over_grpc(channel: grpc.aio.Channel, job_id: str) -> AsyncIterator[int]:
+async def _over_grpc(channel: grpc.aio.Channel, job_id: str) -> AsyncIterator[int]:
     """Steps done, as the stream tells."""
     async for answer in pb_grpc.JobServiceStub(channel).WatchJob(pb.WatchJobRequest(id=job_id)):
         yield answer.job.progress.done
 
 
-async def measure(
-    gateway: GatewayUnderTest, call: DenoiseCall, job_id: str, args: argparse.Namespace
-) -> dict[str, object]:
-    """Open all watches, then step after step."""
-    audiences = {"sse": Audience(args.sse), "grpc": Audience(args.grpc)}
+@contextlib.asynccontextmanager
+async def _watching(
+    gateway: GatewayUnderTest, job_id: str, sse: int, grpc_streams: int
+) -> AsyncGenerator[dict[str, _Audience]]:
+    """So many watchers of a job, all of which have heard where it is."""
+    audiences = {"sse": _Audience(sse), "grpc": _Audience(grpc_streams)}
     apart = [("grpc.use_local_subchannel_pool", 1)]
     channels = [
-        grpc.aio.insecure_channel(gateway.service.address, apart) for _ in range(-(-args.grpc // _STREAMS_A_CHANNEL))
+        grpc.aio.insecure_channel(gateway.service.address, apart) for _ in range(-(-grpc_streams // _STREAMS_A_CHANNEL))
     ]
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    latencies: dict[str, list[float]] = {kind: [] for kind in audiences}
-    process = psutil.Process(gateway.service.process.pid)
     async with httpx.AsyncClient(base_url=gateway.http_url, limits=limits, timeout=_HEARD_S) as client:
-        sources = [("sse", over_sse(client, job_id)) for _ in range(args.sse)]
-        sources += [("grpc", over_grpc(channels[index // _STREAMS_A_CHANNEL], job_id)) for index in range(args.grpc)]
+        sources = [("sse", _over_sse(client, job_id)) for _ in range(sse)]
+        sources += [
+            ("grpc", _over_grpc(channels[index // _STREAMS_A_CHANNEL], job_id)) for index in range(grpc_streams)
+        ]
         watchers = []
-        begun_s = time.perf_counter()
         for index, (kind, dones) in enumerate(sources):
-            watchers.append(asyncio.create_task(tell(audiences[kind], dones)))
+            watchers.append(asyncio.create_task(_tell(audiences[kind], dones)))
             if index % _OPENING_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        for audience in audiences.values():
-            await audience.all_heard(0)
-        opened_s = time.perf_counter() - begun_s
-        for step in range(1, args.steps + 1):
-            sent_s = time.perf_counter()
-            call.step()
-            for kind, audience in audiences.items():
-                latencies[kind] += [(moment - sent_s) * 1e3 for moment in await audience.all_heard(step)]
-        resident_mib = round(process.memory_info().rss / 2**20)
-        for watcher in watchers:
-            watcher.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
+        await _all_heard(audiences, 0)
+        try:
+            yield audiences
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
     await asyncio.gather(*(channel.close() for channel in channels))
-    figures: dict[str, object] = {f"step over {kind}": spread(taken) for kind, taken in latencies.items()}
-    return figures | {"all_open_s": round(opened_s, 1), "resident_mib": resident_mib}
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sse", type=int, default=1000, help="open event streams (default: %(default)s)")
-    parser.add_argument("--grpc", type=int, default=1000, help="open WatchJob calls (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="steps to hear of (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, scripted_stages() as stages:
+async def _all_heard(audiences: dict[str, _Audience], step: int) -> dict[str, list[float]]:
+    return {kind: await audience.all_heard(step) for kind, audience in audiences.items() if audience.number}
+
+
+def measure_watchers(sse: int, grpc_streams: int, steps: int) -> WatchRow:
+    """Open all watches, then step after step."""
+    with TemporaryDirectory() as name, scripted_stages() as stages:
         stages.fusion.automatic = False
-        with running_gateway(Path(name), *stages.flags, *_NO_LIMITS) as gateway:
-            job = gateway.create(steps=args.steps + 1)
+        with running_gateway(Path(name), *stages.flags, *NO_LIMITS) as gateway:
+            job = gateway.create(steps=steps + 1)
             call = stages.fusion.next_call()
-            figures = asyncio.run(measure(gateway, call, job.id, args))
+
+            async def watch() -> WatchRow:
+                latencies: dict[str, list[float]] = {"sse": [], "grpc": []}
+                begun_s = time.perf_counter()
+                async with _watching(gateway, job.id, sse, grpc_streams) as audiences:
+                    opened_s = time.perf_counter() - begun_s
+                    for step in range(1, steps + 1):
+                        sent_s = time.perf_counter()
+                        call.step()
+                        for kind, moments in (await _all_heard(audiences, step)).items():
+                            latencies[kind] += [(moment - sent_s) * 1e3 for moment in moments]
+                    spreads = [Spread.of(latencies[kind]) for kind in ("sse", "grpc")]
+                    return WatchRow(sse, grpc_streams, steps, round(opened_s, 1), *spreads, Footprint.of(gateway))
+
+            row = asyncio.run(watch())
             gateway.cancel(job.id)
-    figures |= {"sse": args.sse, "grpc": args.grpc, "steps": args.steps}
-    for title, value in figures.items():
-        sys.stdout.write(f"{title:16} {value}\n")
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return row
 
 
-if __name__ == "__main__":
-    main()
+def measure_idle(watchers: int, num_queued: int, for_s: float) -> list[IdleRow]:
+    """A gateway with nothing to do; with a job under way whose stage is silent and many event streams; with a queue."""
+    rows = []
+    with TemporaryDirectory() as name, scripted_stages() as stages:
+        stages.fusion.automatic = False
+        with running_gateway(Path(name), *stages.flags, *NO_LIMITS) as gateway:
+            rows.append(IdleRow("no jobs", core_percent(gateway, for_s), Footprint.of(gateway)))
+            job = gateway.create(steps=1)
+            stages.fusion.next_call()
+
+            async def watch() -> IdleRow:
+                async with _watching(gateway, job.id, watchers, 0):
+                    percent = await asyncio.to_thread(core_percent, gateway, for_s)
+                    state = f"1 job under way, {watchers:,} event streams of it"
+                    return IdleRow(state, percent, Footprint.of(gateway))
+
+            rows.append(asyncio.run(watch()))
+            gateway.cancel(job.id)
+    with TemporaryDirectory() as name, scripted_stages() as stages:
+        stages.fusion.automatic = False
+        fill(Path(name), "", num_queued)
+        with running_gateway(Path(name), *stages.flags) as gateway:
+            for _ in range(_UNDER_WAY):
+                stages.fusion.next_call()
+            state = f"{num_queued:,} queued, {_UNDER_WAY} under way"
+            rows.append(IdleRow(state, core_percent(gateway, for_s), Footprint.of(gateway)))
+    return rows

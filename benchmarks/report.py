@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import report_gateway
 from benchmarks.common import CLIPS, RESULTS
 from benchmarks.reference import DEVICE, FIGURES
 from benchmarks.tables import Line, newest, read_lines, sources, table
@@ -316,6 +317,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "recovery": recovery_table,
     "memory": memory_table,
     "switching": switching_table,
+    **report_gateway.TABLES,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, report_gateway
 from benchmarks.common import RESULTS
 
 
@@ -106,3 +106,30 @@ def test_memory_modes_stand_beside_standard_and_their_estimates(tmp_path) -> Non
     assert found["streamed"][2:8] == ["11.5", "10.0", "11.0", "1.10", "5.500", "1.10"]
     assert found["ultra_low"][3] == "refused: needs more"
     assert cells(report.switching_table(tmp_path)) == [["streamed", "12.3"]]
+
+
+def test_queues_of_the_gateway_stand_side_by_side(tmp_path) -> None:
+    taken = {"number": 9, "p50_ms": 4.04, "p99_ms": 11.2, "max_ms": 20.0}
+    rows = [
+        {"database": "SQLite", "queued": queued, "call": call, "spread": taken | {"p50_ms": queued / 1e4}}
+        for queued in (20_000, 200_000)
+        for call in ("list", "get")
+    ]
+    created = {"database": "SQLite", "queued": 20_000, "api": "gRPC", "clients": 16, "per_s": 300.4, "spread": taken}
+    write(tmp_path, "gateway-queue_a", [created], calls=rows, kind="gateway-queue", gpus=0, device="X, 2 cores")
+    other = rows[0] | {"database": "PostgreSQL", "spread": taken}
+    write(tmp_path, "gateway-postgres_a", [], calls=[other], kind="gateway-postgres", gpus=0, device="X, 2 cores")
+    calls = report_gateway.calls_table(tmp_path)
+    assert "SQLite, 20,000 queued | SQLite, 200,000 queued | PostgreSQL, 20,000 queued" in calls
+    assert cells(calls) == [["list", "2.0 / 11", "20.0 / 11", "4.0 / 11"], ["get", "2.0 / 11", "20.0 / 11", "–"]]
+    assert "`gateway-queue_a.json`: X, 2 cores, 2026-01-01" in calls
+    assert cells(report_gateway.creates_table(tmp_path)) == [["gRPC", "16", "4.0 / 11 (300)"]]
+
+
+def test_only_the_newest_run_of_finished_jobs_is_shown(tmp_path) -> None:
+    held = {"resident_mib": 300.4, "descriptors": 49, "threads": 34}
+    row = {"moment": "after", "kept": 5000, "jobs_per_s": 9.04, "processor_ms": None, "database_mib": 30.2}
+    for hour, kept in ((9, 100), (8, 200)):
+        rows = [row | {"kept": kept, "footprint": held}]
+        write(tmp_path, f"gateway-finished_{hour}", rows, kind="gateway-finished", gpus=0, time=f"0{hour}:00:00")
+    assert cells(report_gateway.finished_table(tmp_path)) == [["after", "100", "9.0", "–", "30", "300", "49", "34"]]
