@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from services.gateway.jobs.tracker import JobTracker
 _FRESH_S = 1.0
 _LARGEST_SHARE = 0.05
 """Of the time that is spent on reading the queue: a long one is read less often."""
+_LATE_S = 2.0
+"""For so long after that the last reading is given while the next one is made, so that hardly anybody waits for one."""
 _LEARNED_FROM = 500
 """Last completed jobs that are read at once."""
 
@@ -36,8 +39,8 @@ class _Look:
     snapshot: QueueSnapshot
     load: Load
     running: int
-    time_s: float
-    took_s: float
+    good_until_s: float
+    """By the monotonic clock."""
 
 
 class Estimator:
@@ -55,8 +58,8 @@ class Estimator:
         self._lanes = lanes
         self._model = CostModel()
         self._learned_until_s = 0.0
-        self._looking = asyncio.Lock()
         self._last: _Look | None = None
+        self._reading: asyncio.Task[_Look] | None = None
 
     async def fill(self, jobs: Iterable[Job]) -> list[Job]:
         """The same jobs, with an estimate in those that wait or run."""
@@ -86,11 +89,24 @@ class Estimator:
         return replace(job, estimate=estimate(job, position, look.load, self._model, time.time()))
 
     async def _look(self) -> _Look:
-        async with self._looking:
-            last, now_s = self._last, time.monotonic()
-            if last is None or now_s - last.time_s > max(_FRESH_S, last.took_s / _LARGEST_SHARE):
-                last = self._last = await self._tracker.in_thread(self._read)
+        last = self._last
+        late_s = math.inf if last is None else time.monotonic() - last.good_until_s
+        if last is not None and late_s <= 0:
             return last
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._renew())
+            # A failure is told to who waits: whoever asks next, if nobody does now.
+            self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        if last is not None and late_s <= _LATE_S:
+            return last
+        return await asyncio.shield(self._reading)
+
+    async def _renew(self) -> _Look:
+        try:
+            self._last = await self._tracker.in_thread(self._read)
+            return self._last
+        finally:
+            self._reading = None
 
     def _read(self) -> _Look:
         begun_s = time.monotonic()
@@ -101,4 +117,5 @@ class Estimator:
         running = self._queue.running()
         load = Load.of(running, snapshot.num_by_class, self._lanes, self._model)
         ended_s = time.monotonic()
-        return _Look(snapshot, load, len(running), ended_s, ended_s - begun_s)
+        good_s = max(_FRESH_S, (ended_s - begun_s) / _LARGEST_SHARE)
+        return _Look(snapshot, load, len(running), ended_s + good_s)
