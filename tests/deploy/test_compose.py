@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 import yaml
 
+from services.gateway.objects import checked_url
 from tests.deploy.commands import ROOT, check_stack, resolve
 
 PROFILES = {
@@ -38,9 +39,11 @@ def compose_command() -> list[str]:
     pytest.skip("neither docker-compose nor docker's plugin is here; the schema's test runs all the same")
 
 
-def config(*profiles: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def config(
+    *profiles: str, file: str | Path = ROOT / "compose.yaml", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`docker compose config` with these profiles."""
-    command = [*compose_command(), "--env-file", os.devnull, "--file", str(ROOT / "compose.yaml")]
+    command = [*compose_command(), "--env-file", os.devnull, "--file", str(file)]
     command += [f"--profile={profile}" for profile in profiles]
     variables = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment}
     return subprocess.run(
@@ -142,6 +145,21 @@ def test_gpus_are_reserved_where_they_are_used() -> None:
         "fusion-gpus": every,
         "vae-gpus": every,
     }
+
+
+def test_a_file_puts_the_gateways_artifacts_into_a_bucket(tmp_path: Path) -> None:
+    (tmp_path / "deploy" / "secrets").mkdir(parents=True)
+    compose = shutil.copy(ROOT / "compose.yaml", tmp_path)
+    without = json.loads(config("cpu", file=compose, **SECRETS).stdout)["services"]
+    assert "OVI_ARTIFACTS_URL" not in without["gateway"]["environment"]
+    example = shutil.copy(ROOT / "deploy" / "bucket.env.example", tmp_path / "deploy" / "secrets" / "bucket.env")
+    services = json.loads(config("cpu", file=compose, **SECRETS).stdout)["services"]
+    environment = services.pop("gateway")["environment"]
+    assert checked_url(environment["OVI_ARTIFACTS_URL"]).startswith("s3://") and "AWS_REGION" in environment
+    assert "OVI_DATABASE_URL" in environment, "the rest stays"
+    assert not any("AWS" in name for service in services.values() for name in service.get("environment", {}))
+    told = set(re.findall(r"^#?([A-Z_]+)=", Path(example).read_text(), re.MULTILINE))
+    assert told <= set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs" / "operations.md").read_text()))
 
 
 def test_every_variable_is_explained() -> None:

@@ -175,6 +175,24 @@ def test_every_claim_secret_and_volume_is_there(manifests: list[Manifest]) -> No
             assert mounted <= volumes.keys() or name == "postgres"
 
 
+def test_with_a_bucket_gateways_share_no_volume(tmp_path: Path) -> None:
+    folder = shutil.copytree(K8S, tmp_path / "deploy" / "k8s")
+    shutil.copytree(ROOT / "deploy" / "grafana", tmp_path / "deploy" / "grafana")
+    kustomization = folder / "overlays" / "gpu" / "kustomization.yaml"
+    with_bucket = kustomization.read_text().replace("components:", "components:\n  - ../../components/bucket")
+    kustomization.write_text(with_bucket)
+    manifests = render(folder / "overlays" / "gpu")
+    gateway = found(manifests, "StatefulSet", "gateway")
+    validate(gateway)
+    spec = gateway["spec"]["template"]["spec"]
+    assert spec["containers"][0]["envFrom"] == [{"secretRef": {"name": "ovi-artifacts"}}]
+    assert not any("persistentVolumeClaim" in volume for volume in spec["volumes"])
+    claims = {m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolumeClaim"}
+    assert claims == {"checkpoints"}
+    mounted = {mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
 def test_an_image_of_ones_own_is_put_everywhere(tmp_path: Path) -> None:
     folder = shutil.copytree(K8S, tmp_path / "deploy" / "k8s")
     shutil.copytree(ROOT / "deploy" / "grafana", tmp_path / "deploy" / "grafana")
