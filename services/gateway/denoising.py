@@ -12,6 +12,7 @@ from ovi.fusion.v1 import fusion_pb2
 from services.gateway.artifacts import Artifacts
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.objects import ArtifactsAway
 from services.gateway.patience import Patience
 from services.gateway.stages import FusionClient
 from services.gateway.writing import write_unbroken
@@ -171,8 +172,7 @@ class Denoising:
         self._tensors.store.release(self._offered)
         if begun.checkpoint_refused:
             log.warning("the kept checkpoint is of no use", job_id=self._job_id, reason=begun.checkpoint_refused)
-            await asyncio.to_thread(self._artifacts.delete_checkpoint, self._job_id)
-            self.kept = 0
+            await self._forget()
         elif begun.steps_done:
             log.info("the denoise goes on", job_id=self._job_id, steps_done=begun.steps_done)
         if (await self._tracker.get(self._job_id)).progress.done > begun.steps_done:
@@ -186,8 +186,7 @@ class Denoising:
         self._metrics.mode_was_lowered()
         # What is kept is of the mode before.
         await self._kept_what_came()
-        await asyncio.to_thread(self._artifacts.delete_checkpoint, self._job_id)
-        self.kept = 0
+        await self._forget()
         await self._begin_again(lowered.reason, 0)
 
     async def _paused(self) -> None:
@@ -197,6 +196,14 @@ class Denoising:
         if self._setting_aside is not None:
             await asyncio.sleep(_STOP_WAIT_S)
         raise Unavailable("the fusion service paused this run, and it was not stopped here")
+
+    async def _forget(self) -> None:
+        """Delete the kept checkpoint. Where the store is away the next one takes its place, or it is refused again."""
+        try:
+            await asyncio.to_thread(self._artifacts.delete_checkpoint, self._job_id)
+        except ArtifactsAway as error:
+            log.warning("a checkpoint was left", job_id=self._job_id, reason=error.message)
+        self.kept = 0
 
     async def _kept_what_came(self) -> None:
         if self._keeping is not None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import http.server
 import io
 import os
+import socket
+import ssl
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +28,7 @@ from services.gateway.jobs.domain import new_job_id
 from services.gateway.objects import ArtifactsAway, Store, checked_url, open_store
 from shared.errors import CorruptTensor, InvalidRequest, NotFound
 from tests.bucket import BucketUnderTest, running_bucket
+from tests.certificates import Authority
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,39 @@ def test_a_bucket_that_can_never_be_used_is_refused_by_its_flag(bucket):
         pytest.raises(CannotStart, match=r"--artifacts-url s3://clips.*/nowhere.pem"),
     ):
         open_store(bucket.new_url(), Path("unused"))
+
+
+def test_a_bucket_that_hangs_is_not_waited_for_long(bucket):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        mock.patch.dict(os.environ, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}),
+        mock.patch.multiple("services.gateway.objects.bucket", _SMALL_S=0.3, _LARGE_S=0.5, _RETRY_S=0.1),
+    ):
+        store = open_store(bucket.new_url(), Path("unused"))
+        for use in (lambda: store.find("a/x"), lambda: store.get("a/x"), lambda: store.put("a/x", bytes(1 << 20))):
+            with pytest.raises(ArtifactsAway, match="cannot be used now"):
+                use()
+
+
+def test_an_authority_of_ones_own_is_named_as_aws_names_it(bucket, tmp_path):
+    authority = Authority(tmp_path, "own")
+    shown = authority.issue("localhost")
+    server = http.server.HTTPServer(("localhost", 0), http.server.BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(shown.cert, shown.key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with mock.patch.dict(os.environ, {"AWS_ENDPOINT_URL": f"https://localhost:{server.server_port}"}):
+            with pytest.raises(ArtifactsAway):
+                open_store(bucket.new_url(), Path("unused")).find("a/x")
+            with mock.patch.dict(os.environ, {"AWS_CA_BUNDLE": str(authority.file)}):
+                known = open_store(bucket.new_url(), Path("unused"))
+            with pytest.raises(ArtifactsAway, match="501"):
+                known.find("a/x")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_its_flag(tmp_path):
