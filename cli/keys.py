@@ -32,6 +32,7 @@ DatabaseUrl = Annotated[
 class _RoleName(enum.StrEnum):
     USER = Role.USER.value
     VIEWER = Role.VIEWER.value
+    WORKER = Role.WORKER.value
     ADMIN = Role.ADMIN.value
 
 
@@ -39,7 +40,10 @@ class _RoleName(enum.StrEnum):
 def create(
     name: Annotated[str, typer.Argument(help="Whose it is, for people.")],
     role: Annotated[
-        _RoleName, typer.Option(help="viewer: reads all; user: makes jobs and sees its own; admin: everything.")
+        _RoleName,
+        typer.Option(
+            help="viewer: reads all; user: makes jobs and sees its own; worker: registers workers; admin: everything."
+        ),
     ] = _RoleName.USER,
     max_concurrent: Annotated[int | None, typer.Option(help="Jobs worked on at once.", show_default=False)] = None,
     max_daily: Annotated[int | None, typer.Option(help="Jobs a day.", show_default=False)] = None,

@@ -8,7 +8,7 @@ import enum
 import math
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -305,16 +305,18 @@ async def serve(
     load: Callable[[], Awaitable[None]],
     close: Callable[[], Awaitable[None]],
     drain: Callable[[], Awaitable[None]] | None = None,
+    while_serving: Callable[[int], Coroutine[Any, Any, None]] | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> None:
     """Serve until SIGTERM or SIGINT: NOT_SERVING while `load` runs, SERVING, NOT_SERVING while draining, then `close`.
 
     `drain` is called when draining begins; there a service ends calls that would otherwise outlast the grace period.
+    `while_serving` runs beside while the service is SERVING, is given the port, and is cancelled when draining begins.
     `interceptors` stand inside of the error table.
 
     Raises:
         RuntimeError: the port is taken.
-        Exception: whatever `load` raises, after the server has stopped.
+        Exception: whatever `load` or `while_serving` raises, after the server has stopped.
     """
     names = [service.full_name for service in services]
     readiness = Readiness(names)
@@ -332,15 +334,21 @@ async def serve(
         loop.add_signal_handler(signal_number, stopping.set)
     await server.start()
     log.info("listening", address=f"{config.host}:{port}", tls=config.tls.serves)
+    beside: asyncio.Task[None] | None = None
     try:
         await _load_or_stop(load, stopping)
         if not stopping.is_set():
             await readiness.enter(Phase.SERVING)
             log.info("serving", services=names)
-            await stopping.wait()
+            if while_serving is not None:
+                beside = asyncio.create_task(while_serving(port))
+            await _stop_or_fail(stopping, beside)
     finally:
         await readiness.enter(Phase.DRAINING)
         log.info("draining", grace_s=config.grace_s)
+        if beside is not None:
+            beside.cancel()
+            await asyncio.wait({beside})
         if drain is not None:
             await drain()
         await server.stop(config.grace_s)
@@ -357,3 +365,11 @@ async def _load_or_stop(load: Callable[[], Awaitable[None]], stopping: asyncio.E
         await loading
     else:
         loading.cancel()
+
+
+async def _stop_or_fail(stopping: asyncio.Event, beside: asyncio.Task[None] | None) -> None:
+    stopped = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({stopped} if beside is None else {stopped, beside}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if beside is not None and beside.done():
+        await beside

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from shared.group.ranks import Ranks, end_torchrun
 from shared.grpc_server import ListenConfig
 from shared.logging import configure_logging, get_logger
 from shared.memory.modes import VramMode
+from shared.registration import Announcer, Registration, add_registration_flags, registration_of
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
 from shared.tensors.transport import LOOPBACK_HOSTS
@@ -53,6 +54,8 @@ class StageOptions:
     """How device memory is used."""
     memory_bytes: int | None
     """Most bytes of the device that this process may reserve; None: what is free when it starts."""
+    registration: Registration | None = None
+    """With which gateways this worker registers; None: they know it by themselves."""
 
     def tensor_server(self, store: TensorStore) -> TensorServer:
         """A TensorService on this stage's data port.
@@ -64,6 +67,12 @@ class StageOptions:
         return TensorServer(
             store, host=listen.host, port=self.data_port, advertise_host=self.advertise_host, tls=listen.tls
         )
+
+    def announcer(self, stage: str) -> Callable[[int], Coroutine[Any, Any, None]] | None:
+        """What registers this worker while it serves, for `serve`; None if it registers nowhere."""
+        if self.registration is None:
+            return None
+        return Announcer(stage, self.advertise_host, self.registration).run
 
 
 def stage_parser(service: str, default_port: int) -> argparse.ArgumentParser:
@@ -86,6 +95,7 @@ def stage_parser(service: str, default_port: int) -> argparse.ArgumentParser:
     add("--memory-gib", type=float, default=None, help="most GiB of the device to reserve (default: what is free)")
     add_tls_flags(parser)
     add("--tls-ca", type=Path, help="PEM authority of the services whose tensors are fetched, which then is by TLS")
+    add_registration_flags(parser)
     add("--grace-s", type=float, default=20.0, help="seconds to drain after SIGTERM (default: %(default)s)")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
@@ -95,13 +105,15 @@ def stage_options(args: argparse.Namespace) -> StageOptions:
     """Resolve parsed flags.
 
     Raises:
-        SystemExit: a device that is not there, certificates that cannot be used, or none where they are needed.
+        SystemExit: a device that is not there, certificates or gateways that cannot be used, or no certificates where
+            they are needed.
     """
     device = resolve_device(args.device)
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         tls = Tls(args.tls_cert, args.tls_key, args.tls_client_ca, args.tls_ca)
         require_protection("--host", args.host, tls, insecure=args.insecure)
+        registration = registration_of(args)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     extra = {host.strip() for host in args.producer_hosts.split(",") if host.strip()}
@@ -118,6 +130,7 @@ def stage_options(args: argparse.Namespace) -> StageOptions:
         max_pending=args.max_pending,
         vram_mode=VramMode(args.vram_mode),
         memory_bytes=None if args.memory_gib is None else int(args.memory_gib * 2**30),
+        registration=registration,
     )
 
 

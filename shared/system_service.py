@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from ovi.common.v1 import system_pb2 as pb
 from ovi.common.v1 import system_pb2_grpc as pb_grpc
 from shared.grpc_server import GrpcService
+from shared.memory.device_state import DeviceState
 from shared.memory.modes import VramMode
 from shared.memory.watcher import DeviceWatcher, Look
 from shared.system_proto import device_to_proto, vram_mode_from_proto
@@ -41,18 +42,40 @@ SetMode = Callable[[VramMode, str], Awaitable[pb.MemoryPlan]]
 Raises InvalidRequest, or OutOfMemory with the numbers where it does not fit; what held before then holds still.
 """
 
+Describe = Callable[[], pb.Worker]
+"""What a stage tells of itself as a worker, its device apart; quick."""
 
-def system_service(watcher: DeviceWatcher, plan: Plan, set_mode: SetMode, *, device: str = "") -> GrpcService:
+
+class CallCount:
+    """Calls that wait at a stage or are under way."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around a call."""
+        self.number += 1
+        try:
+            yield
+        finally:
+            self.number -= 1
+
+
+def system_service(
+    watcher: DeviceWatcher, plan: Plan, set_mode: SetMode, describe: Describe, *, device: str = ""
+) -> GrpcService:
     """SystemService of a stage, for `shared.grpc_server.serve`.
 
     Args:
         watcher: of this stage's devices; the stage starts it when it loads and stops it when it drains.
         plan: plans on this stage.
         set_mode: switches this stage.
+        describe: tells of this stage.
         device: that this stage computes on, as PyTorch calls it; its plans are for it. The gateway takes stages that
             do not say theirs to share one.
     """
-    return system_grpc_service(StageSystemServicer(watcher, plan, set_mode, device))
+    return system_grpc_service(StageSystemServicer(watcher, plan, set_mode, describe, device))
 
 
 def system_grpc_service(servicer: pb_grpc.SystemServiceServicer) -> GrpcService:
@@ -93,8 +116,9 @@ class DevicesServicer(pb_grpc.SystemServiceServicer):
 class StageSystemServicer(DevicesServicer):
     """All of SystemService on one stage."""
 
-    def __init__(self, watcher: DeviceWatcher, plan: Plan, set_mode: SetMode, device: str) -> None:
+    def __init__(self, watcher: DeviceWatcher, plan: Plan, set_mode: SetMode, describe: Describe, device: str) -> None:
         super().__init__(watcher)
+        self._describe = describe
         self._device = device
         self._plan = plan
         self._set_mode = set_mode
@@ -110,9 +134,24 @@ class StageSystemServicer(DevicesServicer):
         plan = await self._set_mode(mode, request.model)
         return pb.SetModeResponse(plan=self._placed(plan), seconds=time.monotonic() - begun_s)
 
+    async def ListWorkers(
+        self, request: pb.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListWorkersResponse:
+        worker = self._describe()
+        worker.device = self._device
+        device = self._own_device()
+        if device is not None:
+            worker.device, worker.free_bytes, worker.total_bytes = device.key, device.free_bytes, device.total_bytes
+        return pb.ListWorkersResponse(workers=[worker])
+
     def _placed(self, plan: pb.MemoryPlan) -> pb.MemoryPlan:
         """The plan with its device."""
-        look = self._watcher.latest
-        keys = {device.name: device.key for device in look.devices} if look is not None else {}
-        plan.device = keys.get(self._device, self._device)
+        device = self._own_device()
+        plan.device = self._device if device is None else device.key
         return plan
+
+    def _own_device(self) -> DeviceState | None:
+        """As it was at the last look."""
+        look = self._watcher.latest
+        devices = () if look is None else look.devices
+        return next((device for device in devices if device.name == self._device), None)

@@ -101,8 +101,17 @@ def add_secure_port(server: grpc.Server | grpc.aio.Server, host: str, port: int,
     return server.add_secure_port(address, credentials)
 
 
-def open_channel(address: str, tls: Tls, options: ChannelOptions = ()) -> grpc.aio.Channel:
-    """A channel to host:port, with TLS where an authority is named."""
+def open_channel(address: str, tls: Tls, options: ChannelOptions = (), *, authority: str = "") -> grpc.aio.Channel:
+    """A channel to host:port, with TLS where an authority is named.
+
+    Args:
+        address: host:port.
+        tls: of this side.
+        options: of the channel.
+        authority: name that the server's certificate must be for; empty: the host.
+    """
+    if authority:
+        options = [*options, ("grpc.default_authority", authority)]
     credentials = tls.channel_credentials()
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)

@@ -57,7 +57,7 @@ async def run(options: FusionOptions) -> None:
             fusion_pb2.DESCRIPTOR.services_by_name["FusionService"].full_name,
             lambda server: fusion_pb2_grpc.add_FusionServiceServicer_to_server(servicer, server),
         ),
-        system_service(watcher, servicer.plan, servicer.set_mode, device=str(stage.device)),
+        system_service(watcher, servicer.plan, servicer.set_mode, servicer.describe, device=str(stage.device)),
     ]
 
     async def load() -> None:
@@ -78,7 +78,8 @@ async def run(options: FusionOptions) -> None:
         if isinstance(engine, LeadingEngine) and idle:
             engine.stop_followers()
 
-    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop)
+    beside = stage.announcer("fusion")
+    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop, while_serving=beside)
 
 
 def _make_engine(options: FusionOptions) -> FusionEngine:

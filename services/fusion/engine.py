@@ -88,6 +88,7 @@ class FusionEngine:
         torch.backends.cudnn.allow_tf32 = False
         self.ops = select_ops(device, dtype, self._execution.kernels)
         self._holder = ModelHolder(device, dtype, groups, packed=self.ops.fused)
+        self._loaded_mode = VramMode.AUTO
         self.planner = MemoryPlanner(device, dtype, groups, memory_bytes)
         self.mode = vram_mode
         """In which runs are made that do not say."""
@@ -105,6 +106,11 @@ class FusionEngine:
     def loaded_id(self) -> str | None:
         """Variant that is loaded."""
         return self._holder.model
+
+    @property
+    def loaded_mode(self) -> VramMode:
+        """Mode in which it is loaded; AUTO: none is."""
+        return VramMode.AUTO if self._holder.model is None else self._loaded_mode
 
     def discover(self) -> None:
         """Check the header of every variant's file that is in the folder, and choose a mode; see `settle`.
@@ -187,7 +193,9 @@ class FusionEngine:
         hosted = RECIPES[plan.mode].takes_turns
         if not self._holder.holds(model, plan.layout, hosted=hosted):
             self._bound = None
-        return self._holder.load(model, self.served[model].file, plan.layout, hosted=hosted)
+        network = self._holder.load(model, self.served[model].file, plan.layout, hosted=hosted)
+        self._loaded_mode = plan.mode
+        return network
 
     def set_mode(self, mode: VramMode, model: str) -> FusionPlan:
         """Make a mode the present one, and load a variant in it; what holds then.

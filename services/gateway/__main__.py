@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -16,7 +18,7 @@ from services.gateway.auth.grpc_gate import GateInterceptor
 from services.gateway.auth.key_store import KeyStore
 from services.gateway.auth.limits import KeyLimitsBook
 from services.gateway.auth.options import AuthOptions, add_security_flags, security_options
-from services.gateway.config import GatewayOptions, PipelineOptions, Retention, StageAddresses
+from services.gateway.config import GatewayOptions, PipelineOptions, Retention, StageAddresses, StagePlaces
 from services.gateway.database import CannotStart, DataDirLock, database_url
 from services.gateway.engine import GatewayEngine
 from services.gateway.fitting import Fitting
@@ -29,10 +31,13 @@ from services.gateway.job_side import JobSide
 from services.gateway.jobs.estimates import Estimator
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog
-from services.gateway.servicer import JobServicer, ModelServicer, StackSystemServicer
+from services.gateway.objects import checked_url, open_store, until_usable
+from services.gateway.servicer import JobServicer, ModelServicer, StackSystemServicer, WorkerServicer
 from services.gateway.stages import StageClients
 from services.gateway.system import StackSystem
 from services.gateway.work import JobWork
+from services.gateway.workers.directory import Directory
+from services.gateway.workers.registry import Registry
 from shared.errors import EXIT_BAD_CONFIG
 from shared.grpc_server import GrpcService, ListenConfig, serve
 from shared.logging import get_logger
@@ -45,6 +50,8 @@ from shared.tensors.transport import LOOPBACK_HOSTS, TensorResolver
 
 _LATENT_LEASE_S = 3600.0
 _LATENT_STORE_BYTES = 1 << 30
+_THREADS = 64
+"""For files and tensors; those of the database are its own."""
 
 
 async def run(options: GatewayOptions) -> None:
@@ -67,12 +74,17 @@ async def _run_owner(options: GatewayOptions) -> None:
     job_side = JobSide(options.data_dir, options.database, limits, metrics, options.pipeline)
     gate = _make_gate(options.security.auth, job_side.database, limits)
     tracker = job_side.tracker
-    clients = StageClients.connect(options.stages, options.security.stage_tls)
+    clients = StageClients.connecting(options.security.stage_tls)
     catalog = ModelCatalog(clients.models)
     system = StackSystem(clients)
     watcher = DeviceWatcher(system.look)
-    artifacts, images = Artifacts(options.data_dir / "artifacts"), ImageStore(options.data_dir / "images")
+    store = open_store(options.artifacts_url, options.data_dir)
+    artifacts, images = Artifacts(store), ImageStore(store)
     resolver = TensorResolver.over_grpc(options.producer_hosts, options.security.stage_tls)
+    places = options.stages.by_stage
+    open_to = [stage for stage, place in places.items() if place.registered]
+    registry = Registry(clients.by_stage, open_to, resolver.accepts)
+    directory = Directory(clients.by_stage, {stage: place.given for stage, place in places.items()}, registry)
     latents = TensorStore(lease_s=_LATENT_LEASE_S, max_bytes=_LATENT_STORE_BYTES)
     tensors = TensorServer(
         latents,
@@ -83,7 +95,7 @@ async def _run_owner(options: GatewayOptions) -> None:
     )
     work = JobWork(tracker, clients, catalog, artifacts, images, resolver, tensors, metrics, options.pipeline)
     pipeline = job_side.build(work, artifacts)
-    estimator = Estimator(job_side.queue, tracker, lanes=len(clients.fusion.workers))
+    estimator = Estimator(job_side.queue, tracker, lanes=lambda: clients.fusion.num_up)
     fitting = Fitting(clients.fusion_plan)
     engine = GatewayEngine(
         tracker,
@@ -118,8 +130,12 @@ async def _run_owner(options: GatewayOptions) -> None:
         ) from None
 
     async def load() -> None:
+        # Calls of a store that hangs hold their threads for half a minute, and jobs need some meanwhile.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "work"))
+        await until_usable(store)
         await job_side.start()
         await gate.start()
+        await directory.start()
         http.start()
         await watcher.start()
         http_app.start()
@@ -135,11 +151,12 @@ async def _run_owner(options: GatewayOptions) -> None:
         await http.stop()
         await gate.close()
         await job_side.close()
+        await directory.stop()
         await clients.close()
         resolver.close()
         tensors.stop(listen.grace_s)
 
-    services = [*_services(engine), system_grpc_service(StackSystemServicer(watcher, system))]
+    services = [*_services(engine, registry), system_grpc_service(StackSystemServicer(watcher, system, clients))]
     await serve(listen, services, load=load, close=close, drain=drain, interceptors=[GateInterceptor(gate)])
 
 
@@ -151,9 +168,9 @@ def _make_gate(options: AuthOptions, database: sa.Engine, limits: KeyLimitsBook)
         raise CannotStart(what) from None
 
 
-def _services(engine: GatewayEngine) -> list[GrpcService]:
+def _services(engine: GatewayEngine, registry: Registry) -> list[GrpcService]:
     names = gateway_pb2.DESCRIPTOR.services_by_name
-    jobs, models = JobServicer(engine), ModelServicer(engine)
+    jobs, models, workers = JobServicer(engine), ModelServicer(engine), WorkerServicer(registry)
     return [
         GrpcService(
             names["JobService"].full_name,
@@ -163,18 +180,33 @@ def _services(engine: GatewayEngine) -> list[GrpcService]:
             names["ModelService"].full_name,
             lambda server: gateway_pb2_grpc.add_ModelServiceServicer_to_server(models, server),
         ),
+        GrpcService(
+            names["WorkerService"].full_name,
+            lambda server: gateway_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server),
+        ),
     ]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m services.gateway")
     add = parser.add_argument
-    add("--data-dir", type=Path, required=True, help="folder of the database, clips and pictures")
+    add(
+        "--data-dir",
+        type=Path,
+        required=True,
+        help="folder of the database, and of clips and pictures if nothing else is said",
+    )
     add(
         "--database-url",
         default=os.environ.get("OVI_DATABASE_URL", ""),
         help="postgresql+psycopg://USER:PASSWORD@HOST/NAME, which several gateways can share"
         " (default: OVI_DATABASE_URL, else a SQLite file in the data folder)",
+    )
+    add(
+        "--artifacts-url",
+        default=os.environ.get("OVI_ARTIFACTS_URL", ""),
+        help="where clips, latents, checkpoints and pictures lie: file:///FOLDER, s3://BUCKET/PREFIX or"
+        " gs://BUCKET/PREFIX (default: OVI_ARTIFACTS_URL, else the data folder)",
     )
     add("--host", default="127.0.0.1", help="interface to listen on (default: loopback only)")
     add("--grpc-port", "--port", type=int, default=50050, help="port of the gRPC API (default: %(default)s)")
@@ -182,21 +214,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-port", type=int, default=0, help="tensor port; 0 picks a free one (default: %(default)s)")
     add("--data-host", default="127.0.0.1", help="interface of the tensor port (default: loopback only)")
     add("--advertise-host", default=None, help="name the stages use for this host (default: --data-host)")
-    add("--producer-hosts", default="", help="hosts whose tensors are accepted, besides loopback; *.name: all below it")
-    add("--text-encoder", default="127.0.0.1:50051", help="address of the text encoder (default: %(default)s)")
+    add(
+        "--producer-hosts",
+        default="",
+        help="hosts whose tensors are accepted, and that may register, besides loopback; *.name: all below it",
+    )
+    add("--text-encoder", default="127.0.0.1:50051", help="the text encoders, as --fusion (default: %(default)s)")
     add(
         "--fusion",
         default="127.0.0.1:50052",
-        help="address of the fusion service, or of several, comma-separated (default: %(default)s)",
+        help="fusion services, comma-separated: host:port; dns:///name:port, a name with an address for each;"
+        " registered, for those that register themselves (default: %(default)s)",
     )
-    add("--vae", default="127.0.0.1:50053", help="address of the VAE service, or of several (default: %(default)s)")
-    add("--max-concurrent-jobs", type=int, default=3, help="jobs worked on at once (default: %(default)s)")
+    add("--vae", default="127.0.0.1:50053", help="the VAE services, as --fusion (default: %(default)s)")
+    add(
+        "--max-concurrent-jobs",
+        type=int,
+        default=0,
+        help="jobs worked on at once; 0: as many as there are fusion workers for this gateway, and two",
+    )
     add("--worker-wait-s", type=float, default=600.0, help="seconds a job waits for a stage (default: %(default)s)")
     add(
         "--checkpoint-steps",
         type=int,
         default=10,
-        help="steps of a denoise from one checkpoint to the next; 0: none is kept (default: %(default)s)",
+        help="most steps of a denoise that are made again if its worker or gateway is killed; 0: all of them,"
+        " and no checkpoint is kept (default: %(default)s)",
     )
     add(
         "--give-way",
@@ -235,7 +278,12 @@ def main() -> None:
             retention=Retention(args.retention_days * 86_400, args.retention_jobs, int(args.retention_gib * 2**30)),
         )
         database = database_url(args.database_url)
-        stages = StageAddresses(args.text_encoder, _listed(args.fusion), _listed(args.vae))
+        artifacts_url = checked_url(args.artifacts_url)
+        stages = StageAddresses(
+            StagePlaces.parse("--text-encoder", args.text_encoder),
+            StagePlaces.parse("--fusion", args.fusion),
+            StagePlaces.parse("--vae", args.vae),
+        )
         http = http_options(args)
         security = security_options(args)
     except ValueError as error:
@@ -249,6 +297,7 @@ def main() -> None:
         advertise_host=args.advertise_host or args.data_host,
         producer_hosts=LOOPBACK_HOSTS | set(_listed(args.producer_hosts)),
         data_dir=args.data_dir.absolute(),
+        artifacts_url=artifacts_url,
         database=database,
         stages=stages,
         security=security,

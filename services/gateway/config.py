@@ -10,25 +10,53 @@ import sqlalchemy as sa
 from services.gateway.auth.options import SecurityOptions
 from services.gateway.http.options import HttpOptions
 from shared.grpc_server import ListenConfig
+from shared.places import Name, Place, parse_place
 
 _SHORTEST_LEASE_S = 2.0
 
 
+REGISTERED = "registered"
+"""In the place of an address: workers that register themselves."""
+
+
+@dataclass(frozen=True)
+class StagePlaces:
+    """Where the workers of one stage are."""
+
+    given: tuple[Place | Name, ...]
+    """Addresses, and names that are looked up again and again."""
+    registered: bool = False
+    """Whether workers may register themselves, too."""
+
+    @classmethod
+    def parse(cls, flag: str, text: str) -> StagePlaces:
+        """From host:port, dns:///name:port and `registered`, comma-separated, at least one of them.
+
+        Raises:
+            ValueError: it is something else; names the flag.
+        """
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts or len(set(parts)) < len(parts):
+            got = ",".join(parts) or "nothing"
+            raise ValueError(f"{flag}: got {got}, allowed is one address or several different ones")
+        try:
+            return cls(tuple(parse_place(part) for part in parts if part != REGISTERED), REGISTERED in parts)
+        except ValueError as error:
+            raise ValueError(f"{flag}: {error}, dns:///name:port or {REGISTERED}") from None
+
+
 @dataclass(frozen=True)
 class StageAddresses:
-    """host:port of every stage's gRPC service."""
+    """Where the workers of each stage are."""
 
-    text_encoder: str
-    fusion: tuple[str, ...]
-    """Of each replica, at least one."""
-    vae: tuple[str, ...]
-    """Of each replica, at least one."""
+    text_encoder: StagePlaces
+    fusion: StagePlaces
+    vae: StagePlaces
 
-    def __post_init__(self) -> None:
-        for name, addresses in (("fusion", self.fusion), ("vae", self.vae)):
-            if not addresses or len(set(addresses)) < len(addresses):
-                got = ",".join(addresses) or "nothing"
-                raise ValueError(f"--{name}: got {got}, allowed is one address or several different ones")
+    @property
+    def by_stage(self) -> dict[str, StagePlaces]:
+        """By the stage's name."""
+        return {"text_encoder": self.text_encoder, "fusion": self.fusion, "vae": self.vae}
 
 
 @dataclass(frozen=True)
@@ -58,7 +86,7 @@ class PipelineOptions:
     """How jobs are worked on."""
 
     max_concurrent_jobs: int
-    """Jobs worked on at once, at least 1; 3 lets one be encoded and one decoded while another is denoised."""
+    """Jobs worked on at once; 0: as many as there are fusion workers for this gateway, and two."""
     worker_wait_s: float
     """How long a job waits for a stage that is away, loading or full before it fails."""
     stage_timeout_s: float
@@ -67,7 +95,7 @@ class PipelineOptions:
     """With several gateways: how long others wait for a sign of life before they take one's jobs; at least 2."""
     retention: Retention = field(default_factory=Retention)
     checkpoint_steps: int = 10
-    """Steps of a denoise from one checkpoint to the next, which bound what a killed worker costs; 0: none is kept."""
+    """Most steps of a denoise that are made again if its worker or gateway is killed; 0: no checkpoint is kept."""
     give_way: bool = False
     """Whether a job at its denoise is set aside for one of higher priority."""
 
@@ -76,7 +104,9 @@ class PipelineOptions:
             raise ValueError(f"--lease-s: got {self.lease_s}, allowed is {_SHORTEST_LEASE_S:g} or more")
         if self.checkpoint_steps < 0:
             raise ValueError(f"--checkpoint-steps must be 0 or more, got {self.checkpoint_steps}")
-        for name in ("max_concurrent_jobs", "worker_wait_s", "stage_timeout_s"):
+        if self.max_concurrent_jobs < 0:
+            raise ValueError(f"--max-concurrent-jobs must be 0 or more, got {self.max_concurrent_jobs}")
+        for name in ("worker_wait_s", "stage_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
@@ -99,6 +129,8 @@ class GatewayOptions:
     """Hosts whose tensor references are accepted."""
     data_dir: Path
     """Artifacts and pictures, and the database file, with which it is owned by one gateway at a time."""
+    artifacts_url: str
+    """Where clips, latents, checkpoints and pictures lie, checked; empty: in the data folder."""
     database: sa.URL | None
     """Of PostgreSQL, which several gateways can share; None: a file in the data folder."""
     stages: StageAddresses

@@ -67,7 +67,8 @@ class JobSide:
     def build(self, work: Work, artifacts: Artifacts) -> Pipeline:
         """The pipeline over some stages; called once, before `start`."""
         may_work: Callable[[], bool] = self._may_work
-        self._pipeline = Pipeline(self._workflows, self.queue, self.tracker, work, artifacts, self._options, may_work)
+        given = (self._workflows, self.queue, self.tracker, work, artifacts, self._options)
+        self._pipeline = Pipeline(*given, may_work, self._num_gateways)
         self._keeper = Keeper(
             self.queue, self.tracker, self._pipeline, self._workflows, self._lease, self._options.retention
         )
@@ -110,6 +111,9 @@ class JobSide:
 
     def _may_work(self) -> bool:
         return self._lease is None or self._lease.valid
+
+    def _num_gateways(self) -> int:
+        return 1 if self._lease is None else self._lease.num_live
 
     async def _migrate(self) -> None:
         while True:

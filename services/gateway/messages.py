@@ -8,7 +8,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from ovi.gateway.v1 import gateway_pb2 as pb
 from services.gateway.auth.caller import link
-from services.gateway.jobs.domain import DEFAULT_PRIORITY, ClipParameters, Job, JobStage, JobState, Submission
+from services.gateway.jobs.domain import (
+    DEFAULT_PRIORITY,
+    ClipParameters,
+    Job,
+    JobStage,
+    JobState,
+    Setback,
+    Submission,
+)
 from services.gateway.jobs.listing import JobFilter
 from services.gateway.models import ModelInfo
 from shared.errors import InvalidRequest
@@ -103,7 +111,7 @@ def job_to_proto(job: Job) -> pb.Job:
         label=job.submission.label,
         batch_id=job.submission.batch_id,
         key_id=job.submission.key_id,
-        setbacks=[pb.Setback(time=_timestamp(one.time_s), reason=one.reason) for one in job.setbacks],
+        setbacks=map(_setback_to_proto, job.setbacks),
     )
     if job.estimate is not None:
         message.estimate.position = job.estimate.position
@@ -125,6 +133,12 @@ def job_to_proto(job: Job) -> pb.Job:
             )
         )
     return message
+
+
+def _setback_to_proto(setback: Setback) -> pb.Setback:
+    return pb.Setback(
+        time=_timestamp(setback.time_s), reason=setback.reason, stage=_STAGES[setback.stage], worker=setback.worker
+    )
 
 
 def model_to_proto(model: ModelInfo) -> pb.Model:

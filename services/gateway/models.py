@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.errors import InvalidRequest, Unavailable
+from shared.logging import get_logger
 from shared.memory.modes import VramMode
-from shared.variants import PromptFormat
+from shared.variants import VARIANTS, PromptFormat
+
+log = get_logger(__name__)
 
 _FRESH_S = 5.0
 
@@ -40,6 +43,27 @@ class ModelInfo:
 def runnable(models: Mapping[str, ModelInfo]) -> dict[str, ModelInfo]:
     """Those without a problem, in order."""
     return {model.id: model for model in models.values() if not model.problem}
+
+
+def merged_models(answers: Sequence[Sequence[ModelInfo]]) -> tuple[ModelInfo, ...]:
+    """The variants of several services, those that one of them can run first; in the order in which they are released.
+
+    Args:
+        answers: what each service has.
+    """
+    merged: dict[str, ModelInfo] = {}
+    for model in (model for answer in answers for model in answer):
+        known = merged.get(model.id)
+        if known is None or (known.problem and not model.problem):
+            merged[model.id] = model
+        elif not model.problem and model.fingerprint != known.fingerprint:
+            log.warning("services have different files of one variant", model=model.id)
+    order = list(VARIANTS)
+
+    def place(model: ModelInfo) -> tuple[bool, int]:
+        return bool(model.problem), order.index(model.id) if model.id in order else len(order)
+
+    return tuple(sorted(merged.values(), key=place))
 
 
 class ModelCatalog:

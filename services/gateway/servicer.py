@@ -1,4 +1,4 @@
-"""JobService and ModelService: protobuf to domain and back."""
+"""JobService, ModelService, WorkerService and SystemService: protobuf to domain and back."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from ovi.common.v1 import system_pb2
 from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from services.gateway.artifacts import is_job_id
+from services.gateway.auth.caller import current_caller
+from services.gateway.auth.grpc_gate import address_of
 from services.gateway.engine import GatewayEngine
 from services.gateway.messages import filter_from_proto, job_to_proto, model_to_proto, submission_from_proto
+from services.gateway.stages import StageClients
 from services.gateway.system import StackSystem
+from services.gateway.workers.listing import worker_to_proto
+from services.gateway.workers.registry import Registry
 from shared.errors import InvalidRequest
 from shared.generation_proto import size_to_proto
 from shared.memory.watcher import DeviceWatcher
@@ -80,8 +85,7 @@ class JobServicer(pb_grpc.JobServiceServicer):
     async def DownloadVideo(
         self, request: pb.DownloadVideoRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.DownloadVideoResponse]:
-        chunks = await self._engine.video(_checked_id(request.id))
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        async for chunk in await self._engine.video(_checked_id(request.id)):
             yield pb.DownloadVideoResponse(chunk=chunk)
 
     async def UploadImage(
@@ -114,9 +118,10 @@ class ModelServicer(pb_grpc.ModelServiceServicer):
 class StackSystemServicer(DevicesServicer):
     """Devices and memory of the whole stack."""
 
-    def __init__(self, watcher: DeviceWatcher, system: StackSystem) -> None:
+    def __init__(self, watcher: DeviceWatcher, system: StackSystem, clients: StageClients) -> None:
         super().__init__(watcher)
         self._system = system
+        self._clients = clients
 
     async def GetPlan(
         self, request: system_pb2.GetPlanRequest, context: grpc.aio.ServicerContext
@@ -131,6 +136,35 @@ class StackSystemServicer(DevicesServicer):
         begun_s = time.monotonic()
         plan = await self._system.set_mode(request)
         return system_pb2.SetModeResponse(plan=plan, seconds=time.monotonic() - begun_s)
+
+    async def ListWorkers(
+        self, request: system_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> system_pb2.ListWorkersResponse:
+        return system_pb2.ListWorkersResponse(workers=map(worker_to_proto, self._clients.views()))
+
+
+class WorkerServicer(pb_grpc.WorkerServiceServicer):
+    """Takes registrations of workers."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def RegisterWorker(
+        self, request: pb.RegisterWorkerRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RegisterWorkerResponse:
+        lease_s = self._registry.register(
+            request.stage,
+            request.address,
+            caller_address=address_of(context.peer()),
+            key_id=current_caller().key_id,
+        )
+        return pb.RegisterWorkerResponse(lease_seconds=lease_s)
+
+    async def UnregisterWorker(
+        self, request: pb.UnregisterWorkerRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnregisterWorkerResponse:
+        self._registry.unregister(request.stage, request.address, key_id=current_caller().key_id)
+        return pb.UnregisterWorkerResponse()
 
 
 def _checked_id(job_id: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,13 +17,15 @@ from ovi.common.v1 import system_pb2, system_pb2_grpc, tensor_pb2
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
-from services.gateway.config import StageAddresses
-from services.gateway.models import ModelInfo
-from services.gateway.replicas import Replicas
+from services.gateway.models import ModelInfo, merged_models
+from services.gateway.workers.choosing import Report
+from services.gateway.workers.listing import report_from_proto
+from services.gateway.workers.replicas import Replicas, WorkerCut, WorkerView
 from shared.errors import DeadlineExceeded, Internal, Unavailable
 from shared.generation_proto import prompt_format_from_proto, prompt_format_to_proto
 from shared.grpc_client import REQUEST_ID_KEY, error_of
 from shared.memory.device_state import DeviceState
+from shared.places import Place
 from shared.system_proto import device_from_proto, vram_mode_from_proto
 from shared.tensors.framing import CHUNK_BYTES
 from shared.tls import PLAIN, Tls, open_channel
@@ -36,10 +38,6 @@ _DESCRIBE_TIMEOUT_S = 2.0
 _HEALTH_TIMEOUT_S = 2.0
 _SYSTEM_TIMEOUT_S = 2.0
 _CUT_CODES = frozenset({"UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN"})
-
-
-class WorkerCut(Unavailable):
-    """The connection to a worker broke during a call, or could not be made: the worker crashed or is not started."""
 
 
 class _Unknown(Internal):
@@ -118,6 +116,20 @@ class SystemClient:
         with _calls(self.name, self.address):
             return (await self._stub.SetMode(request)).plan
 
+    async def report(self) -> Report:
+        """What it says of itself as a worker; of one of an older version no more than that it is there.
+
+        Raises:
+            OviError: by the table.
+        """
+        try:
+            with _calls(self.name, self.address):
+                call = self._stub.ListWorkers(system_pb2.ListWorkersRequest(), timeout=_SYSTEM_TIMEOUT_S)
+                told = (await call).workers
+        except _Unknown:
+            return Report(self.name)
+        return report_from_proto(told[0]) if told else Report(self.name)
+
     @contextmanager
     def _promptly(self) -> Iterator[None]:
         try:
@@ -131,16 +143,43 @@ class SystemClient:
             raise Unavailable(what) from None
 
 
-class TextEncoderClient:
+class StageClient:
+    """What the clients of all stages have."""
+
+    name: str
+    """Of the stage."""
+
+    def __init__(self, place: Place, tls: Tls = PLAIN) -> None:
+        """
+        Args:
+            place: of the worker.
+            tls: how it is connected to.
+        """
+        self.address = place.address
+        self.channel = open_channel(place.address, tls, _CHANNEL_OPTIONS, authority=place.authority)
+        self.system = SystemClient(self.name, self.address, self.channel)
+
+    async def report(self) -> Report:
+        """What the worker says of itself.
+
+        Raises:
+            OviError: by the table.
+        """
+        return await self.system.report()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cut."""
+        await self.channel.close()
+
+
+class TextEncoderClient(StageClient):
     """The text encoder stage."""
 
     name = "text_encoder"
 
-    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
-        self.address = address
-        self.channel = open_channel(address, tls, _CHANNEL_OPTIONS)
+    def __init__(self, place: Place, tls: Tls = PLAIN) -> None:
+        super().__init__(place, tls)
         self._stub = text_encoder_pb2_grpc.TextEncoderServiceStub(self.channel)
-        self.system = SystemClient(self.name, address, self.channel)
 
     async def encode(
         self, prompt: str, negatives: Sequence[str], prompt_format: PromptFormat, *, job_id: str
@@ -160,16 +199,14 @@ class TextEncoderClient:
         return [embedding.tensor for embedding in response.embeddings]
 
 
-class FusionClient:
+class FusionClient(StageClient):
     """The fusion stage."""
 
     name = "fusion"
 
-    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
-        self.address = address
-        self.channel = open_channel(address, tls, _CHANNEL_OPTIONS)
+    def __init__(self, place: Place, tls: Tls = PLAIN) -> None:
+        super().__init__(place, tls)
         self._stub = fusion_pb2_grpc.FusionServiceStub(self.channel)
-        self.system = SystemClient(self.name, address, self.channel)
 
     def denoise(
         self, request: fusion_pb2.DenoiseRequest, *, job_id: str
@@ -226,16 +263,14 @@ class FusionClient:
         )
 
 
-class VaeClient:
+class VaeClient(StageClient):
     """The VAE stage."""
 
     name = "vae"
 
-    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
-        self.address = address
-        self.channel = open_channel(address, tls, _CHANNEL_OPTIONS)
+    def __init__(self, place: Place, tls: Tls = PLAIN) -> None:
+        super().__init__(place, tls)
         self._stub = vae_pb2_grpc.VaeServiceStub(self.channel)
-        self.system = SystemClient(self.name, address, self.channel)
 
     async def encode_image(self, picture: bytes, height: int, width: int, *, job_id: str) -> tensor_pb2.TensorRef:
         """The latent of a first picture, scaled and cropped to height x width.
@@ -268,26 +303,33 @@ class VaeClient:
 
 @dataclass(frozen=True)
 class StageClients:
-    """All three stages, those that may have several workers with all of them."""
+    """All three stages with their workers."""
 
-    text_encoder: TextEncoderClient
+    text_encoder: Replicas[TextEncoderClient]
     fusion: Replicas[FusionClient]
     vae: Replicas[VaeClient]
 
     @classmethod
-    def connect(cls, addresses: StageAddresses, tls: Tls = PLAIN) -> StageClients:
-        """Clients of these addresses, with TLS where it names an authority; connected at the first calls."""
-        fusion = Replicas([FusionClient(address, tls) for address in addresses.fusion])
-        vae = Replicas([VaeClient(address, tls) for address in addresses.vae])
-        return cls(TextEncoderClient(addresses.text_encoder, tls), fusion, vae)
+    def connecting(cls, tls: Tls = PLAIN) -> StageClients:
+        """No workers yet; those that come are connected to at the first calls, with TLS where it names an authority."""
+        return cls(
+            Replicas(TextEncoderClient.name, lambda place: TextEncoderClient(place, tls)),
+            Replicas(FusionClient.name, lambda place: FusionClient(place, tls)),
+            Replicas(VaeClient.name, lambda place: VaeClient(place, tls)),
+        )
+
+    @property
+    def by_stage(self) -> dict[str, Replicas[Any]]:
+        """The workers of each stage, by its name."""
+        return {pool.name: pool for pool in (self.text_encoder, self.fusion, self.vae)}
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        """The variants of the first fusion service that answers.
+        """The variants that a fusion service has.
 
         Raises:
             OviError: none answers.
         """
-        return await self.fusion.of_any(FusionClient.describe)
+        return merged_models(await self.fusion.of_all(FusionClient.describe))
 
     async def fusion_plan(self, request: system_pb2.GetPlanRequest) -> system_pb2.MemoryPlan:
         """What something would take on a fusion service, on one where it fits if there is any.
@@ -298,25 +340,30 @@ class StageClients:
         plans = await self.fusion.of_all(lambda worker: worker.system.plan(request))
         return max(plans, key=lambda plan: plan.fits)
 
+    def views(self) -> list[WorkerView]:
+        """Every worker as this gateway sees it, by stage and address."""
+        return [view for pool in self.by_stage.values() for view in pool.views()]
+
     async def health(self) -> dict[str, str]:
         """What each stage's health service says: SERVING, NOT_SERVING or UNREACHABLE; one that serves is enough."""
-        names = [client.name for client in self.all]
-        answers = await asyncio.gather(*(_health(client.channel) for client in self.all))
-        told: dict[str, str] = {}
-        for name, answer in zip(names, answers, strict=True):
-            if told.get(name) != "SERVING":
-                told[name] = answer
+        clients = self.all
+        answers = await asyncio.gather(*(_health(client.channel) for client in clients))
+        told = dict.fromkeys(self.by_stage, "UNREACHABLE")
+        seen: set[str] = set()
+        for client, answer in zip(clients, answers, strict=True):
+            if client.name not in seen or answer == "SERVING":
+                told[client.name] = answer
+            seen.add(client.name)
         return told
 
     async def close(self) -> None:
         """Close the connections."""
-        closing: list[Awaitable[None]] = [client.channel.close() for client in self.all]
-        await asyncio.gather(*closing)
+        await asyncio.gather(*(pool.close() for pool in self.by_stage.values()))
 
     @property
-    def all(self) -> tuple[TextEncoderClient | FusionClient | VaeClient, ...]:
+    def all(self) -> tuple[StageClient, ...]:
         """Every worker."""
-        return (self.text_encoder, *self.fusion.workers, *self.vae.workers)
+        return (*self.text_encoder.workers, *self.fusion.workers, *self.vae.workers)
 
 
 async def _health(channel: grpc.aio.Channel) -> str:

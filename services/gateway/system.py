@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from ovi.common.v1 import system_pb2 as pb
 from services.gateway.memory import StageDevices, combined_plan, host_of, merged_devices, named_key
 from services.gateway.stages import FusionClient, StageClients, SystemClient
-from shared.errors import FailedPrecondition, InvalidRequest, OutOfMemory, OviError
+from shared.errors import FailedPrecondition, InvalidRequest, OutOfMemory, OviError, Unavailable
 from shared.logging import get_logger
 from shared.memory.choose import candidates
 from shared.memory.device_state import DeviceState
@@ -23,13 +23,7 @@ class StackSystem:
     """All stages as one system."""
 
     def __init__(self, clients: StageClients) -> None:
-        # In the order in which they are switched: what can fail for want of memory comes first.
-        fusion, vae = ([worker.system for worker in stage.workers] for stage in (clients.fusion, clients.vae))
-        self._stages: dict[str, SystemClient] = {}
-        for client in (*fusion, *vae, clients.text_encoder.system):
-            # Further workers of a stage are told apart by their addresses.
-            label = client.name if client.name not in self._stages else f"{client.name} {client.address}"
-            self._stages[label] = client
+        self._clients = clients
         self._switching = asyncio.Lock()
         self.answers: tuple[StageDevices, ...] = ()
         """Of the last look, stage by stage."""
@@ -38,9 +32,10 @@ class StackSystem:
 
     async def look(self) -> Sight:
         """The devices of the stages that answer; the others are missing, with the reason."""
-        found = await asyncio.gather(*(client.devices() for client in self._stages.values()), return_exceptions=True)
+        stages = self._stages()
+        found = await asyncio.gather(*(client.devices() for client in stages.values()), return_exceptions=True)
         answers, missing = [], {}
-        for (label, client), devices in zip(self._stages.items(), found, strict=True):
+        for (label, client), devices in zip(stages.items(), found, strict=True):
             if isinstance(devices, OviError):
                 missing[label] = f"devices of the {client.name} service are left out: {devices.message}"
             elif isinstance(devices, BaseException):
@@ -58,13 +53,14 @@ class StackSystem:
             InvalidRequest: a stage does not have the mode, model or size.
             Unavailable: a stage is away.
         """
-        fusion, *others = self._stages.values()
+        stages = self._whole()
+        fusion, *others = stages.values()
         wish = pb.GetPlanRequest()
         wish.CopyFrom(request)
         chosen = await fusion.plan(wish, wait_for_ready=True)
         wish.vram_mode = chosen.vram_mode
         plans = await asyncio.gather(*(client.plan(wish, wait_for_ready=True) for client in others))
-        return self._combined([chosen, *plans])
+        return self._combined(dict(zip(stages, [chosen, *plans], strict=True)), stages)
 
     async def set_mode(self, request: pb.SetModeRequest) -> pb.MemoryPlan:
         """Switch every stage. Nothing is switched if the plan of one of them does not fit.
@@ -76,22 +72,23 @@ class StackSystem:
             FailedPrecondition: a stage refused when others had been switched already; names them.
         """
         async with self._switching:
+            stages = self._whole()
             plan = await self._fitting(request)
-            plans: list[pb.MemoryPlan] = []
-            for label, client in self._stages.items():
+            plans: dict[str, pb.MemoryPlan] = {}
+            for label, client in stages.items():
                 # Only the fusion service has variants.
                 model = request.model if client.name == FusionClient.name else ""
                 try:
-                    plans.append(await client.set_mode(pb.SetModeRequest(vram_mode=plan.vram_mode, model=model)))
+                    plans[label] = await client.set_mode(pb.SetModeRequest(vram_mode=plan.vram_mode, model=model))
                 except OviError as error:
                     if not plans:
                         raise
-                    done = ", ".join(list(self._stages)[: len(plans)])
+                    done = ", ".join(plans)
                     what = f"the {label} service was not switched ({error.message}), but {done} was"
                     raise FailedPrecondition(f"{what}; ask again, or for another mode") from None
             mode = pb.VramMode.Name(plan.vram_mode)
             log.info("mode switched", vram_mode=mode, model=request.model)
-            return self._combined(plans)
+            return self._combined(plans, stages)
 
     async def _fitting(self, request: pb.SetModeRequest) -> pb.MemoryPlan:
         """The plan to switch to: of the mode that was named, else of the best one that the whole stack has memory for.
@@ -116,10 +113,28 @@ class StackSystem:
             raise OutOfMemory(f"nothing was switched: {plans[-1].explanation}")
         return fitting
 
-    def _combined(self, plans: Sequence[pb.MemoryPlan]) -> pb.MemoryPlan:
-        by_stage = {}
-        for (label, client), plan in zip(self._stages.items(), plans, strict=True):
+    def _stages(self) -> dict[str, SystemClient]:
+        """Every worker, in the order in which they are switched: what can fail for want of memory comes first."""
+        pools = (self._clients.fusion, self._clients.vae, self._clients.text_encoder)
+        stages: dict[str, SystemClient] = {}
+        for worker in (worker for pool in pools for worker in pool.workers):
+            # Further workers of a stage are told apart by their addresses.
+            label = worker.name if worker.name not in stages else f"{worker.name} {worker.address}"
+            stages[label] = worker.system
+        return stages
+
+    def _whole(self) -> dict[str, SystemClient]:
+        """The same, for what takes a worker of each stage.
+
+        Raises:
+            Unavailable: a stage has none.
+        """
+        if missing := [pool.name for pool in self._clients.by_stage.values() if not pool.workers]:
+            raise Unavailable(f"no {' and no '.join(missing)} service is known yet")
+        return self._stages()
+
+    def _combined(self, plans: Mapping[str, pb.MemoryPlan], stages: Mapping[str, SystemClient]) -> pb.MemoryPlan:
+        for label, plan in plans.items():
             if plan.device and plan.device not in self.devices:
-                plan.device = named_key(host_of(client.address), plan.device)
-            by_stage[label] = plan
-        return combined_plan(by_stage, self.devices)
+                plan.device = named_key(host_of(stages[label].address), plan.device)
+        return combined_plan(plans, self.devices)

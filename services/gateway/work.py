@@ -6,30 +6,31 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from ovi.common.v1 import tensor_pb2
 from ovi.fusion.v1 import fusion_pb2
 from ovi.vae.v1 import vae_pb2
-from services.gateway.artifacts import Artifacts, Latents
+from services.gateway.artifacts import VIDEO, Artifacts, ClipCollector, Latents
 from services.gateway.config import PipelineOptions
 from services.gateway.denoising import Denoising
 from services.gateway.images import ImageStore
-from services.gateway.jobs.domain import Job, JobStage, VideoInfo
+from services.gateway.jobs.domain import Job, JobStage, Setback, VideoInfo
 from services.gateway.jobs.giving_way import Denoise
 from services.gateway.jobs.tracker import JobTracker
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.models import ModelCatalog
 from services.gateway.patience import Patience
-from services.gateway.replicas import Replicas, W
-from services.gateway.stages import StageClients, VaeClient, WorkerCut
+from services.gateway.stages import FusionClient, StageClients, VaeClient
+from services.gateway.workers.choosing import Wish
+from services.gateway.workers.trying import LongCall, carry_out
 from services.gateway.writing import write_unbroken
-from shared.errors import CorruptTensor, OutOfMemory, OviError, ResourceExhausted, Unavailable
+from shared.errors import CorruptTensor, OviError
 from shared.generation_proto import sampling_options_to_proto
 from shared.logging import get_logger
 from shared.memory.modes import VramMode
@@ -38,6 +39,7 @@ from shared.system_proto import vram_mode_from_proto, vram_mode_to_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 log = get_logger(__name__)
@@ -47,11 +49,11 @@ TensorRefJson = dict[str, Any]
 
 _MAX_LATENT_BYTES = 256 << 20
 """Far above the largest legal latents: 48 x 61 x 60 x 60 float32 are 42 MB."""
+_STORE = "artifact store"
+"""As waits and their metric name it."""
 _STEPS_REUSED = "steps_reused"
 _VRAM_MODE = "vram_mode"
 """Keys in the metadata of kept latents and in a clip's provenance."""
-_MAX_CUTS = 3
-"""How often a worker dies under one stage of a job, with nothing kept in between, until the job is blamed."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,12 @@ class JobWork:
             model_patience = self._patience(self.clients.fusion.name)
             model = await model_patience.until(lambda: self.catalog.get(job.parameters.model))
             negatives = (job.parameters.video_negative_prompt, job.parameters.audio_negative_prompt)
-            client = self.clients.text_encoder
-            refs = await self._patience(client.name).until(
-                lambda: client.encode(job.parameters.prompt, negatives, model.prompt_format, job_id=job_id)
+            encoders = self.clients.text_encoder
+            refs = await self._patience(encoders.name).until(
+                lambda: encoders.on_one(
+                    lambda worker: worker.encode(job.parameters.prompt, negatives, model.prompt_format, job_id=job_id),
+                    job_id=job_id,
+                )
             )
             if len(refs) != 1 + len(negatives):
                 raise CorruptTensor(f"the text encoder gave {len(refs)} embeddings for {1 + len(negatives)} texts")
@@ -96,11 +101,12 @@ class JobWork:
         """
         async with self._stage(job_id, JobStage.ENCODE_IMAGE) as job:
             wanted = job.parameters
-            picture = await asyncio.to_thread(self.images.read, wanted.image_id)
+            picture = await self._from_store(self.images.read, wanted.image_id)
             vae = self.clients.vae
             ref = await self._patience(vae.name).until(
                 lambda: vae.on_one(
-                    lambda worker: worker.encode_image(picture, wanted.height, wanted.width, job_id=job_id)
+                    lambda worker: worker.encode_image(picture, wanted.height, wanted.width, job_id=job_id),
+                    job_id=job_id,
                 )
             )
             return MessageToDict(ref)
@@ -114,11 +120,11 @@ class JobWork:
             ReferenceLost: an input is gone; the stages that made the inputs must run again.
             OviError: fusion refused or stayed away, or died too often under this job.
         """
-        if self.artifacts.has_latents(job_id):
+        if await self._from_store(self.artifacts.has_latents, job_id):
             return
         job = await self.tracker.get(job_id)
         total = job.parameters.options.num_inference_steps
-        kept = await asyncio.to_thread(self.artifacts.checkpoint_steps, job_id)
+        kept = await self._from_store(self.artifacts.checkpoint_steps, job_id)
         async with self._stage(job_id, JobStage.DENOISE, total=total, done=kept):
             refs = [ParseDict(ref, tensor_pb2.TensorRef()) for ref in embeddings]
             if first_frame is not None:
@@ -130,8 +136,8 @@ class JobWork:
             latents = Latents(video, audio)
             mode = vram_mode_from_proto(result.vram_mode, field="result.vram_mode")
             metadata |= {_STEPS_REUSED: str(steps_reused), _VRAM_MODE: mode.value}
-            await write_unbroken(self.artifacts.write_latents, job_id, latents, metadata)
-            await asyncio.to_thread(self.artifacts.delete_checkpoint, job_id)
+            await self._into_store(self.artifacts.write_latents, job_id, latents, metadata)
+            await self._into_store(self.artifacts.delete_checkpoint, job_id)
             await self._release([*refs, *outcome])
 
     async def set_aside(self, job_id: str) -> None:
@@ -142,8 +148,8 @@ class JobWork:
 
     @property
     def num_workers(self) -> int:
-        """Denoises that are made at the same time."""
-        return len(self.clients.fusion.workers)
+        """Denoises that are made at the same time; 0 while no worker is known."""
+        return self.clients.fusion.num_up
 
     async def denoises(self) -> list[Denoise]:
         """Jobs at their denoise."""
@@ -159,16 +165,26 @@ class JobWork:
         """The result, and how many steps were reused."""
         total = job.parameters.options.num_inference_steps
 
+        at = ""
+
         async def begin_again(reason: str, done: int) -> None:
-            await self._begin_again(job.id, JobStage.DENOISE, total, reason, done)
+            await self._begin_again(job.id, JobStage.DENOISE, total, reason, at, done)
 
         request = _denoise_request(job, refs, self.options.checkpoint_steps)
         given = (self.artifacts, self.resolver, self.tensors, self.tracker, self.metrics)
         denoising = self.denoising[job.id] = Denoising(job.id, request, *given, begin_again, kept)
+
+        async def attempt(worker: FusionClient, patience: Patience) -> tuple[fusion_pb2.Result, int]:
+            nonlocal at
+            at = worker.address
+            return await denoising.attempt(worker, patience)
+
+        async def after(reason: str, address: str) -> None:
+            await self._begin_again(job.id, JobStage.DENOISE, total, reason, address, denoising.kept)
+
+        call = LongCall(job.id, _wish(job), attempt, after, lambda: denoising.kept)
         try:
-            return await self._patiently(
-                job.id, JobStage.DENOISE, self.clients.fusion, denoising.attempt, lambda: denoising.kept
-            )
+            return await carry_out(call, self.clients.fusion, self._patience(self.clients.fusion.name))
         finally:
             if self.denoising.get(job.id) is denoising:
                 del self.denoising[job.id]
@@ -180,72 +196,32 @@ class JobWork:
             OviError: the VAE refused or stayed away, or what came was not whole.
         """
         async with self._stage(job_id, JobStage.DECODE) as job:
-            latents = await asyncio.to_thread(self.artifacts.read_latents, job_id)
-            provenance = await self._provenance(job)
-            video = await self._patiently(
-                job_id,
-                JobStage.DECODE,
-                self.clients.vae,
-                lambda worker, patience: self._decode_once(worker, job, latents, provenance, patience),
-            )
+            latents, metadata = await self._from_store(self.artifacts.read_latents, job_id)
+            provenance = _provenance(job, metadata)
+
+            async def attempt(worker: VaeClient, patience: Patience) -> tuple[VideoInfo, bytes]:
+                return await self._decode_once(worker, job, latents, provenance, patience)
+
+            async def after(reason: str, address: str) -> None:
+                total = (await self.tracker.get(job_id)).progress.total
+                await self._begin_again(job_id, JobStage.DECODE, total, reason, address, 0)
+
+            vae, size = self.clients.vae, (job.parameters.height, job.parameters.width)
+            call = LongCall(job_id, Wish(mode=job.parameters.vram_mode, size=size), attempt, after)
+            video, clip = await carry_out(call, vae, self._patience(vae.name))
+            await self._into_store(self.artifacts.write, job_id, VIDEO, clip)
             mode = VramMode(provenance[_VRAM_MODE])
             return replace(video, steps_reused=int(provenance[_STEPS_REUSED]), vram_mode=mode)
 
-    async def _patiently(
-        self,
-        job_id: str,
-        stage: JobStage,
-        replicas: Replicas[W],
-        attempt: Callable[[W, Patience], Awaitable[T]],
-        kept: Callable[[], int] = lambda: 0,
-    ) -> T:
-        """The result of a long call: begun again while its worker is away, a few times if the worker dies under it.
-
-        Where a worker has too little memory, another one is tried once.
-
-        Args:
-            job_id: of the job.
-            stage: of the call.
-            replicas: its workers.
-            attempt: the call.
-            kept: how many steps the next attempt does not make again.
-        """
-        patience = self._patience(replicas.name)
-        cuts, kept_at_cut = 0, kept()
-        too_small: W | None = None
-        while True:
-            worker = replicas.choose(avoid=too_small)
-            patience.answered = False
-            try:
-                with replicas.using(worker):
-                    return await attempt(worker, patience)
-            except OutOfMemory as error:
-                if too_small is not None or len(replicas.workers) == 1:
-                    raise
-                log.warning("another worker is tried", stage=stage.value, reason=error.message)
-                too_small = worker
-                total = (await self.tracker.get(job_id)).progress.total
-                await self._begin_again(job_id, stage, total, error.message, kept())
-            except (Unavailable, ResourceExhausted) as error:
-                if isinstance(error, WorkerCut) and patience.answered:
-                    cuts = 1 if kept() > kept_at_cut else cuts + 1
-                    kept_at_cut = kept()
-                    log.warning("a worker was lost during its work", stage=stage.value, cuts=cuts, reason=error.message)
-                    if cuts >= _MAX_CUTS:
-                        what = f"the {replicas.name} service stopped {cuts} times during this job"
-                        raise Unavailable(f"{what}: {error.message}") from None
-                    total = (await self.tracker.get(job_id)).progress.total
-                    await self._begin_again(job_id, stage, total, error.message, kept())
-                await patience.pause(error)
-
-    async def _begin_again(self, job_id: str, stage: JobStage, total: int, reason: str, done: int) -> None:
-        """A new attempt: only then may progress go back."""
-        await self.tracker.begin(job_id, reason)
+    async def _begin_again(self, job_id: str, stage: JobStage, total: int, reason: str, worker: str, done: int) -> None:
+        """A new attempt after one at that worker: only then may progress go back."""
+        await self.tracker.begin(job_id, Setback(time.time(), reason, stage, worker))
         await self.tracker.enter(job_id, stage, total=total, done=done)
 
     async def _decode_once(
         self, worker: VaeClient, job: Job, latents: Latents, provenance: dict[str, str], patience: Patience
-    ) -> VideoInfo:
+    ) -> tuple[VideoInfo, bytes]:
+        """What was decoded, and the mp4."""
         job_id, mode = job.id, vram_mode_to_proto(job.parameters.vram_mode)
         leases = [self.tensors.store.put(tensor) for tensor in (latents.video_CFHW, latents.audio_SC)]
         try:
@@ -253,19 +229,20 @@ class JobWork:
             request = vae_pb2.DecodeClipRequest(
                 video_latent=video, audio_latent=audio, provenance=provenance, vram_mode=mode
             )
-            with self.artifacts.video_writer(job_id) as writer:
-                async with contextlib.aclosing(worker.decode_clip(request, job_id=job_id)) as events:
-                    async for event in events:
-                        patience.alive()
-                        kind = event.WhichOneof("event")
-                        if kind == "progress":
-                            await self.tracker.advance(job_id, event.progress.frames_done, event.progress.frames_total)
-                        elif kind == "chunk":
-                            await write_unbroken(writer.write, event.chunk)
-                        else:
-                            clip = event.summary
-                            await write_unbroken(writer.finish, num_bytes=clip.num_bytes, crc32c=clip.crc32c)
-                            return VideoInfo(clip.num_bytes, clip.size.height, clip.size.width, clip.num_frames, FPS)
+            clip = ClipCollector()
+            async with contextlib.aclosing(worker.decode_clip(request, job_id=job_id)) as events:
+                async for event in events:
+                    patience.alive()
+                    kind = event.WhichOneof("event")
+                    if kind == "progress":
+                        await self.tracker.advance(job_id, event.progress.frames_done, event.progress.frames_total)
+                    elif kind == "chunk":
+                        clip.add(event.chunk)
+                    else:
+                        told = event.summary
+                        content = clip.whole(num_bytes=told.num_bytes, crc32c=told.crc32c)
+                        size = told.size
+                        return VideoInfo(len(content), size.height, size.width, told.num_frames, FPS), content
             raise CorruptTensor("the VAE service ended the stream without a summary")
         finally:
             for lease in leases:
@@ -281,29 +258,6 @@ class JobWork:
             "software_version": version("ovi-serve"),
         }
 
-    async def _provenance(self, job: Job) -> dict[str, str]:
-        wanted = job.parameters
-        kept = await asyncio.to_thread(self.artifacts.read_latents_metadata, job.id)
-        settings = {
-            key: str(value.value if key == "solver" else value) for key, value in asdict(wanted.options).items()
-        }
-        settings |= {"height": str(wanted.height), "width": str(wanted.width), "image_id": wanted.image_id}
-        return {
-            "prompt": wanted.prompt,
-            "video_negative_prompt": wanted.video_negative_prompt,
-            "audio_negative_prompt": wanted.audio_negative_prompt,
-            "seed": kept["seed"],
-            "model": kept["model"],
-            "model_fingerprint": kept["model_fingerprint"],
-            "precision": kept.get("precision", ""),
-            # Latents kept by a version without a step cache do not say it.
-            _STEPS_REUSED: kept.get(_STEPS_REUSED, "0"),
-            # Nor those of a version without modes.
-            _VRAM_MODE: kept.get(_VRAM_MODE, VramMode.AUTO.value),
-            "settings": json.dumps(settings, sort_keys=True),
-            "software_version": version("ovi-serve"),
-        }
-
     async def _fetch(self, ref: tensor_pb2.TensorRef) -> Any:
         return await asyncio.to_thread(self.resolver.fetch, ref, field="latent", max_bytes=_MAX_LATENT_BYTES)
 
@@ -314,6 +268,14 @@ class JobWork:
                 await asyncio.to_thread(self.resolver.release, ref)
             except OviError as error:
                 log.warning("a lease was not released", address=ref.address, reason=error.message)
+
+    async def _from_store(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Read in a thread; waits for an artifact store that is away."""
+        return await self._patience(_STORE).until(lambda: asyncio.to_thread(read, *args, **kwargs))
+
+    async def _into_store(self, write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Write in a thread, never half-way; waits for an artifact store that is away."""
+        await self._patience(_STORE).until(lambda: write_unbroken(write, *args, **kwargs))
 
     def _patience(self, stage: str) -> Patience:
         return Patience(stage, self.options.worker_wait_s, self.metrics)
@@ -326,6 +288,12 @@ class JobWork:
         begun_s = time.monotonic()
         yield job
         await self.tracker.leave(job_id, stage, time.monotonic() - begun_s)
+
+
+def _wish(job: Job) -> Wish:
+    """What a denoise wants of its worker."""
+    wanted = job.parameters
+    return Wish(wanted.model, wanted.vram_mode, (wanted.height, wanted.width))
 
 
 def _denoise_request(
@@ -345,3 +313,25 @@ def _denoise_request(
         run_id=job.id,
         checkpoint_steps=checkpoint_steps,
     )
+
+
+def _provenance(job: Job, kept: Mapping[str, str]) -> dict[str, str]:
+    """What a clip says of itself; `kept` is the metadata of its latents."""
+    wanted = job.parameters
+    settings = {key: str(value.value if key == "solver" else value) for key, value in asdict(wanted.options).items()}
+    settings |= {"height": str(wanted.height), "width": str(wanted.width), "image_id": wanted.image_id}
+    return {
+        "prompt": wanted.prompt,
+        "video_negative_prompt": wanted.video_negative_prompt,
+        "audio_negative_prompt": wanted.audio_negative_prompt,
+        "seed": kept["seed"],
+        "model": kept["model"],
+        "model_fingerprint": kept["model_fingerprint"],
+        "precision": kept.get("precision", ""),
+        # Latents kept by a version without a step cache do not say it.
+        _STEPS_REUSED: kept.get(_STEPS_REUSED, "0"),
+        # Nor those of a version without modes.
+        _VRAM_MODE: kept.get(_VRAM_MODE, VramMode.AUTO.value),
+        "settings": json.dumps(settings, sort_keys=True),
+        "software_version": version("ovi-serve"),
+    }

@@ -30,7 +30,7 @@ async def run(options: TextEncoderOptions) -> None:
             text_encoder_pb2.DESCRIPTOR.services_by_name["TextEncoderService"].full_name,
             lambda server: text_encoder_pb2_grpc.add_TextEncoderServiceServicer_to_server(servicer, server),
         ),
-        system_service(watcher, servicer.plan, servicer.set_mode, device=str(stage.device)),
+        system_service(watcher, servicer.plan, servicer.set_mode, servicer.describe, device=str(stage.device)),
     ]
 
     async def load() -> None:
@@ -41,7 +41,8 @@ async def run(options: TextEncoderOptions) -> None:
         worker.close()
         tensors.stop(stage.listen.grace_s)
 
-    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop)
+    beside = stage.announcer("text_encoder")
+    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop, while_serving=beside)
 
 
 def main() -> None:

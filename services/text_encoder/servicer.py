@@ -21,8 +21,8 @@ from shared.logging import get_logger
 from shared.memory.modes import VramMode
 from shared.memory.turns import DeviceTurns, device_key
 from shared.service_main import device_name
-from shared.system_proto import memory_plan_to_proto
-from shared.system_service import PlanWish
+from shared.system_proto import memory_plan_to_proto, vram_mode_to_proto
+from shared.system_service import CallCount, PlanWish
 from shared.tensors.service import TensorServer
 from shared.tensors.store import Lease
 from shared.variants import PromptFormat
@@ -84,6 +84,7 @@ class TextEncoderServicer(pb_grpc.TextEncoderServiceServicer):
         self._engine: TextEngine | None = None
         self._memory: TextEncoderMemory | None = None
         self._mode = options.stage.vram_mode
+        self._calls = CallCount()
 
     def turn(self, *modes: VramMode) -> contextlib.AbstractAsyncContextManager[None]:
         """Have the device within, if it is used in turns in one of these modes."""
@@ -123,9 +124,21 @@ class TextEncoderServicer(pb_grpc.TextEncoderServiceServicer):
         encoded = [item for item in found if item is not None]
         if len(encoded) < len(texts):
             work = self._worker.stream(lambda: engine.encode(texts, request.num_pinned))
-            async with self.turn(self._mode), contextlib.aclosing(work):
-                encoded = [item async for item in work]
+            with self._calls.counting():
+                async with self.turn(self._mode), contextlib.aclosing(work):
+                    encoded = [item async for item in work]
         return pb.EncodeResponse(embeddings=self._publish(encoded))
+
+    def describe(self) -> system_pb2.Worker:
+        """This stage as a worker; for SystemService."""
+        mode = vram_mode_to_proto(self._mode)
+        return system_pb2.Worker(
+            stage="text_encoder",
+            loaded_vram_mode=mode,
+            vram_mode=mode,
+            allocation="single",
+            num_pending=self._calls.number,
+        )
 
     def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:
         """What a wish would take; for SystemService. Neither variant nor size change it."""

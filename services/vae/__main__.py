@@ -49,7 +49,7 @@ async def run(options: VaeOptions) -> None:
             vae_pb2.DESCRIPTOR.services_by_name["VaeService"].full_name,
             lambda server: vae_pb2_grpc.add_VaeServiceServicer_to_server(servicer, server),
         ),
-        system_service(watcher, servicer.plan, servicer.set_mode, device=str(stage.device)),
+        system_service(watcher, servicer.plan, servicer.set_mode, servicer.describe, device=str(stage.device)),
     ]
 
     async def load() -> None:
@@ -71,7 +71,8 @@ async def run(options: VaeOptions) -> None:
         if fellowship is not None and idle:
             stop_followers(fellowship)
 
-    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop)
+    beside = stage.announcer("vae")
+    await serve(stage.listen, services, load=load, close=close, drain=watcher.stop, while_serving=beside)
 
 
 def main() -> None:

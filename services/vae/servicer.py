@@ -40,8 +40,8 @@ from shared.memory.turns import DeviceTurns, device_key
 from shared.pictures import MAX_PICTURE_BYTES, open_picture
 from shared.service_main import device_name
 from shared.shapes import FPS, SAMPLE_RATE_HZ, VideoLatentShape
-from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto
-from shared.system_service import PlanWish
+from shared.system_proto import memory_plan_to_proto, vram_mode_from_proto, vram_mode_to_proto
+from shared.system_service import CallCount, PlanWish
 from shared.tensors.framing import CHUNK_BYTES, TensorSpec, spec_from_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.transport import TensorResolver
@@ -71,6 +71,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         self._tensors = tensors
         self._options = options
         self._turns = turns
+        self._calls = CallCount()
 
     def turn(self, *modes: VramMode) -> contextlib.AbstractAsyncContextManager[None]:
         """Have the device within, if one of these modes takes turns."""
@@ -80,6 +81,13 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             self._turns = DeviceTurns(device_key(self._options.stage.device))
         return self._turns.turn()
 
+    @contextlib.asynccontextmanager
+    async def _work(self, *modes: VramMode) -> AsyncIterator[None]:
+        """Around the part of a call that waits for the device or has it."""
+        with self._calls.counting():
+            async with self.turn(*modes):
+                yield
+
     async def EncodeImage(
         self, request_iterator: AsyncIterator[pb.EncodeImageRequest], context: grpc.aio.ServicerContext
     ) -> pb.EncodeImageResponse:
@@ -87,7 +95,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         picture = await asyncio.to_thread(open_picture, data, field="image")
         frame_HWC = await asyncio.to_thread(cover_frame, picture, size.height, size.width)
         mode = self._engine().mode
-        async with self.turn(mode):
+        async with self._work(mode):
             latent_CFHW = await self._worker.run(lambda: self._engine().encode_image(frame_HWC, mode))
         return pb.EncodeImageResponse(latent=self._tensors.publish(self._tensors.store.put(latent_CFHW)))
 
@@ -103,7 +111,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             path = folder / "clip.mp4"
             given = (latents["video_latent"], latents["audio_latent"], provenance, path, mode)
             events = self._worker.stream(lambda: self._engine().decode_clip(*given))
-            async with self.turn(mode, self._engine().mode), contextlib.aclosing(events):
+            async with self._work(mode, self._engine().mode), contextlib.aclosing(events):
                 begun_s = time.monotonic()
                 async for event in events:
                     if isinstance(event, ClipProgress):
@@ -139,7 +147,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         with tempfile.TemporaryFile() as file:
             ends = self._worker.stream(lambda: self._engine().spool_video(latent_CFHW, file, mode))
             start = end = 0
-            async with self.turn(mode), contextlib.aclosing(ends):
+            async with self._work(mode), contextlib.aclosing(ends):
                 async for end in ends:
                     # Nobody else's turn shall wait for a slow client.
                     if not _in_turns(mode):
@@ -156,7 +164,7 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
         _check_references(references)
         latent_SC = (await self._fetch(references))["audio_latent"]
         mode = self._engine().mode
-        async with self.turn(mode):
+        async with self._work(mode):
             samples = await self._worker.run(lambda: self._engine().decode_audio(latent_SC, mode))
         header = pb.AudioHeader(num_samples=len(samples), sample_rate_hz=SAMPLE_RATE_HZ)
         yield pb.DecodeAudioResponse(header=header)
@@ -174,6 +182,17 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             fingerprint=self._engine().fingerprint,
             chunk_latent_frames=self._options.chunk_latent_frames,
             num_ranks=self._options.ranks.world_size,
+        )
+
+    def describe(self) -> system_pb2.Worker:
+        """This stage as a worker; for SystemService."""
+        mode = vram_mode_to_proto(self._engine().mode)
+        return system_pb2.Worker(
+            stage="vae",
+            loaded_vram_mode=mode,
+            vram_mode=mode,
+            allocation=self._allocation,
+            num_pending=self._calls.number,
         )
 
     def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:

@@ -25,7 +25,7 @@ from ovi.common.v1 import generation_pb2, system_pb2, system_pb2_grpc, tensor_pb
 from ovi.fusion.v1 import fusion_pb2, fusion_pb2_grpc
 from ovi.text_encoder.v1 import text_encoder_pb2, text_encoder_pb2_grpc
 from ovi.vae.v1 import vae_pb2, vae_pb2_grpc
-from shared.errors import OviError
+from shared.errors import OviError, Unavailable
 from shared.grpc_server import status_of
 from shared.tensors.framing import value_bytes
 from shared.tensors.service import TensorServer
@@ -77,7 +77,8 @@ class _Producer:
 class ScriptedSystem(system_pb2_grpc.SystemServiceServicer):
     """Devices and memory of a stage as a test puts them; at first everything fits."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
         self.reset()
 
     def reset(self) -> None:
@@ -93,6 +94,10 @@ class ScriptedSystem(system_pb2_grpc.SystemServiceServicer):
         self.switches: list[system_pb2.SetModeRequest] = []
         self.refusal: OviError | None = None
         """With which switches are refused."""
+        self.worker = system_pb2.Worker()
+        """What it tells of itself, its stage apart."""
+        self.draining = False
+        """True: it refuses to tell, as a service that drains does."""
 
     def GetDevices(self, request, context):
         return system_pb2.GetDevicesResponse(devices=self.devices)
@@ -108,6 +113,14 @@ class ScriptedSystem(system_pb2_grpc.SystemServiceServicer):
                 raise self.refusal
             self.mode = request.vram_mode
             return system_pb2.SetModeResponse(plan=self._plan(self.mode))
+
+    def ListWorkers(self, request, context):
+        with _told(context):
+            if self.draining:
+                raise Unavailable("the service is draining; try again soon")
+            worker = system_pb2.Worker(stage=self.stage)
+            worker.MergeFrom(self.worker)
+            return system_pb2.ListWorkersResponse(workers=[worker])
 
     def _plan(self, mode: system_pb2.VramMode.ValueType) -> system_pb2.MemoryPlan:
         total = self.total_bytes[mode]
@@ -133,7 +146,7 @@ class _Stage:
     def __init__(self) -> None:
         self.producer = _Producer(self.store_type)
         self.resolver = TensorResolver.over_grpc()
-        self.system = ScriptedSystem()
+        self.system = ScriptedSystem(self.name)
         self._server: grpc.Server | None = None
         self.port = 0
         self.start()
@@ -284,6 +297,8 @@ class ScriptedFusion(_Stage, fusion_pb2_grpc.FusionServiceServicer):
 
     def Denoise(self, request, context):
         with _told(context):
+            if self.system.draining:
+                raise Unavailable("the service is draining; try again soon")
             with contextlib.suppress(queue.Empty):
                 raise self.refusals.get_nowait()
             names = [field.name for field, _ in request.ListFields() if field.name in _INPUTS]

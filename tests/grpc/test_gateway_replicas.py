@@ -57,10 +57,12 @@ def test_what_does_not_fit_one_is_tried_once_on_another(gateway, fusions):
     second.next_call().finish()
     end = gateway.end_of(job.id)
     assert end.state == pb.JOB_STATE_COMPLETED and end.attempts == 2 and gateway.download(job.id) == clip_of(3)
+    (setback,) = end.setbacks
+    assert (setback.stage, setback.worker) == (pb.JOB_STAGE_DENOISE, first.address)
 
     job = gateway.create(seed=4)
     calls = []
-    for fusion in fusions:
+    for fusion in (second, first):  # what the first had no memory for is remembered
         calls.append(fusion.next_call())
         calls[-1].fail(OutOfMemory(f"{len(calls)} times too small"))
     end = gateway.end_of(job.id)

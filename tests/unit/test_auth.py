@@ -24,7 +24,8 @@ PATH = "/api/videos/job_0.mp4"
     [
         (Role.VIEWER, {Action.READ}),
         (Role.USER, {Action.READ, Action.MAKE}),
-        (Role.ADMIN, {Action.READ, Action.MAKE, Action.ADMINISTER}),
+        (Role.WORKER, {Action.REGISTER}),
+        (Role.ADMIN, set(Action)),
     ],
 )
 def test_what_each_role_may(role, allowed):
@@ -38,7 +39,7 @@ def test_what_each_role_may(role, allowed):
 
 
 def test_whose_jobs_each_role_sees():
-    for role, others in ((Role.VIEWER, True), (Role.USER, False), (Role.ADMIN, True)):
+    for role, others in ((Role.VIEWER, True), (Role.USER, False), (Role.WORKER, False), (Role.ADMIN, True)):
         caller = Caller(role, "key_a")
         assert caller.sees("job_1", "key_a")
         assert caller.sees("job_1", "key_b") == caller.sees("job_1", "") == others

@@ -22,7 +22,7 @@ from shared.memory.devices import Devices
 from shared.memory.modes import VramMode
 from shared.memory.watcher import DeviceWatcher, own_devices
 from shared.system_proto import device_from_proto, device_to_proto
-from shared.system_service import PlanWish, system_service
+from shared.system_service import CallCount, PlanWish, system_service
 
 TIMEOUT_S = 20
 
@@ -33,6 +33,7 @@ class Stage:
     def __init__(self) -> None:
         self.wishes: list[PlanWish] = []
         self.switches: list[tuple[VramMode, str]] = []
+        self.calls = CallCount()
 
     def plan(self, wish: PlanWish) -> pb.MemoryPlan:
         self.wishes.append(wish)
@@ -44,13 +45,16 @@ class Stage:
             raise OutOfMemory("all_gpu needs 40.0 GiB, 12.0 are free; streamed would fit")
         return pb.MemoryPlan(vram_mode=pb.VRAM_MODE_FP8, fits=True)
 
+    def describe(self) -> pb.Worker:
+        return pb.Worker(stage="fusion", num_pending=self.calls.number)
+
 
 @contextlib.asynccontextmanager
 async def serving(
     stage: Stage, *, interval_s: float = 0.05
 ) -> AsyncIterator[tuple[pb_grpc.SystemServiceStub, DeviceWatcher]]:
     watcher = DeviceWatcher(own_devices(Devices()), interval_s=interval_s)
-    service = system_service(watcher, stage.plan, stage.set_mode, device="cpu")
+    service = system_service(watcher, stage.plan, stage.set_mode, stage.describe, device="cpu")
     assert service.full_name == "ovi.common.v1.SystemService"
     readiness = Readiness([service.full_name])
     server = grpc.aio.server(interceptors=[CallInterceptor(readiness)])
@@ -165,3 +169,18 @@ def test_a_device_survives_the_wire(utilization):
         links=("cuda:0 NVLink",),
     )
     assert device_from_proto(pb.Device.FromString(device_to_proto(device).SerializeToString())) == device
+
+
+def test_a_stage_tells_of_itself_as_a_worker_with_the_memory_of_its_device():
+    async def run() -> None:
+        stage = Stage()
+        async with serving(stage) as (stub, _):
+            with stage.calls.counting(), pytest.raises(ValueError, match="ended"), stage.calls.counting():
+                (worker,) = (await stub.ListWorkers(pb.ListWorkersRequest(), timeout=TIMEOUT_S)).workers
+                assert (worker.stage, worker.num_pending) == ("fusion", 2)
+                assert worker.total_bytes == psutil.virtual_memory().total > worker.free_bytes > 0
+                assert worker.device == "cpu" and worker.state == pb.WORKER_STATE_UNSPECIFIED
+                raise ValueError("ended")
+            assert stage.calls.number == 0
+
+    asyncio.run(run())

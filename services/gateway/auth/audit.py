@@ -12,6 +12,9 @@ from shared.logging import get_logger
 
 log = get_logger("audit")
 
+_OFTEN = (Action.READ, Action.REGISTER)
+"""Calls that are repeated again and again, and change nothing that matters afterwards."""
+
 
 class Audit:
     """Writes the lines: to the service's log (component "audit"), and to a file if there is one."""
@@ -38,7 +41,7 @@ class Audit:
             address: where it came from.
             outcome: "allowed", or why not.
         """
-        by_administrator = caller.role is Role.ADMIN and caller.key_id and action is not Action.READ
+        by_administrator = caller.role is Role.ADMIN and caller.key_id and action not in _OFTEN
         if action is Action.ADMINISTER or by_administrator or outcome != "allowed":
             self.note(caller, what, address, outcome)
 

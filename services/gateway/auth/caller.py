@@ -18,6 +18,8 @@ class Role(enum.Enum):
     """Reads everything, changes nothing."""
     USER = "user"
     """Makes jobs, and sees and manages its own alone."""
+    WORKER = "worker"
+    """Registers workers of the stages, and nothing else."""
     ADMIN = "admin"
     """Everything."""
 
@@ -29,6 +31,8 @@ class Action(enum.Enum):
     """Jobs that the caller sees, models, devices, plans, metrics."""
     MAKE = "make"
     """Jobs of the caller: creating, cancelling, deleting; pictures for them."""
+    REGISTER = "register"
+    """Workers of the stages."""
     ADMINISTER = "administer"
     """The stack and everybody's jobs."""
 
@@ -36,6 +40,7 @@ class Action(enum.Enum):
 _ALLOWED = {
     Role.VIEWER: frozenset({Action.READ}),
     Role.USER: frozenset({Action.READ, Action.MAKE}),
+    Role.WORKER: frozenset({Action.REGISTER}),
     Role.ADMIN: frozenset(Action),
 }
 
@@ -83,7 +88,7 @@ class Caller:
     @property
     def key_filter(self) -> str | None:
         """The key whose jobs this caller is shown; None: everybody's."""
-        return self.key_id if self.role is Role.USER else None
+        return self.key_id if self.role in (Role.USER, Role.WORKER) else None
 
     def sees(self, job_id: str, key_id: str) -> bool:
         """True if a job that was made with the key `key_id` may be shown to this caller."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from services.gateway.auth.caller import Action
 
 _JOBS = "/ovi.gateway.v1.JobService/"
+_WORKERS = "/ovi.gateway.v1.WorkerService/"
 _SYSTEM = "/ovi.common.v1.SystemService/"
 _READ = {
     *(_JOBS + name for name in ("GetJob", "ListJobs", "WatchJob", "DownloadVideo", "QueueStats")),
-    *(_SYSTEM + name for name in ("GetDevices", "WatchDevices", "GetPlan")),
+    *(_SYSTEM + name for name in ("GetDevices", "WatchDevices", "GetPlan", "ListWorkers")),
     "/ovi.gateway.v1.ModelService/ListModels",
 }
 _MAKE = {
@@ -23,6 +24,7 @@ _MAKE = {
         "UploadImage",
     )
 }
+_REGISTER = {_WORKERS + name for name in ("RegisterWorker", "UnregisterWorker")}
 _ADMINISTER = {_SYSTEM + "SetMode"}
 WATCHES = frozenset({_JOBS + "WatchJob", _SYSTEM + "WatchDevices"})
 """Calls that last as long as the caller likes."""
@@ -42,6 +44,8 @@ def action_of_rpc(method: str) -> Action:
     """
     if method in _READ:
         return Action.READ
+    if method in _REGISTER:
+        return Action.REGISTER
     return Action.MAKE if method in _MAKE else Action.ADMINISTER
 
 
@@ -57,4 +61,4 @@ def is_open(method: str, path: str) -> bool:
 
 def listed_rpcs() -> frozenset[str]:
     """Every method that was decided about."""
-    return frozenset(_READ | _MAKE | _ADMINISTER)
+    return frozenset(_READ | _MAKE | _REGISTER | _ADMINISTER)

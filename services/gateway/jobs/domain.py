@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -158,6 +158,20 @@ class Setback:
     """Unix seconds."""
     reason: str
     """What happened, for people."""
+    stage: JobStage = JobStage.WAITING
+    """What was being done; WAITING where it does not matter."""
+    worker: str = ""
+    """Address of the worker that did it; empty: no worker had to do with it."""
+
+    def to_json(self) -> list[Any]:
+        """As JSON values."""
+        return [self.time_s, self.reason[:1000], self.stage.value, self.worker[:300]]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> Setback:
+        """From what `to_json` gave, of this version or an older one, which told time and reason."""
+        time_s, reason, *rest = values
+        return cls(time_s, reason, JobStage(rest[0]), rest[1]) if rest else cls(time_s, reason)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from services.gateway.jobs import admission
@@ -46,12 +46,12 @@ class _Look:
 class Estimator:
     """Estimates of one gateway; all gateways on a database come to about the same."""
 
-    def __init__(self, queue: JobQueue, tracker: JobTracker, lanes: int) -> None:
+    def __init__(self, queue: JobQueue, tracker: JobTracker, lanes: Callable[[], int]) -> None:
         """
         Args:
             queue: is looked at.
             tracker: runs what asks the database.
-            lanes: jobs that the slowest stage works on at once.
+            lanes: tells how many jobs the slowest stage works on at once; one at least is reckoned with.
         """
         self._queue = queue
         self._tracker = tracker
@@ -115,7 +115,7 @@ class Estimator:
             self._learned_until_s = end_time_s
         snapshot = self._queue.snapshot()
         running = self._queue.running()
-        load = Load.of(running, snapshot.num_by_class, self._lanes, self._model)
+        load = Load.of(running, snapshot.num_by_class, max(1, self._lanes()), self._model)
         ended_s = time.monotonic()
         good_s = max(_FRESH_S, (ended_s - begun_s) / _LARGEST_SHARE)
         return _Look(snapshot, load, len(running), ended_s + good_s)

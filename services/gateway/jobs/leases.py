@@ -43,6 +43,8 @@ class Lease:
         self.renew_s = lease_s / _RENEWALS
         """Between two renewals."""
         self._until_s = float("-inf")
+        self.num_live = 1
+        """Gateways whose lease had not ended when this one was renewed, this one among them."""
 
     def renew(self) -> None:
         """Take or prolong it; leases that ended long ago are forgotten.
@@ -58,6 +60,8 @@ class Lease:
                 row = {"executor_id": self._executor_id, "until_s": now + self._lease_s}
                 connection.execute(sa.insert(leases).values(row))
             connection.execute(sa.delete(leases).where(leases.c.until_s < now - _FORGET_S))
+            live = sa.select(sa.func.count()).select_from(leases).where(leases.c.until_s > now)
+            self.num_live = max(1, connection.execute(live).scalar_one())
         # Counted from before the question: the database's time began later, so it ends later.
         self._until_s = asked_s + self._lease_s
 

@@ -125,7 +125,7 @@ class JobStore:
             counts: dict[str, int] = {row.state: row.number for row in connection.execute(query)}
         return {state: counts.get(state.value, 0) for state in JobState}
 
-    def begin(self, job_id: str, now_s: float, setback: str = "") -> Job | None:
+    def begin(self, job_id: str, now_s: float, setback: Setback | None = None) -> Job | None:
         """Count one more attempt of a job of this gateway and set RUNNING, nothing done yet.
 
         Args:
@@ -143,9 +143,9 @@ class JobStore:
             **columns_of(Progress()),
         }
         with self._engine.begin() as connection:
-            if setback:
+            if setback is not None:
                 noted = connection.execute(sa.select(jobs.c.setbacks).where(jobs.c.id == job_id)).scalar_one_or_none()
-                values["setbacks"] = with_setback(noted or [], Setback(now_s, setback))
+                values["setbacks"] = with_setback(noted or [], setback)
             return change(connection, self._owner, job_id, self._mine, values)
 
     def save(self, job_id: str, progress: Progress, stage_seconds: Mapping[str, float]) -> Job | None:
@@ -280,4 +280,4 @@ def ending_columns(ending: Ending) -> dict[str, Any]:
 
 def with_setback(noted: Sequence[Any], setback: Setback) -> list[Any]:
     """The column of setbacks with one more."""
-    return [*noted, [setback.time_s, setback.reason[:1000]]][-MAX_SETBACKS:]
+    return [*noted, setback.to_json()][-MAX_SETBACKS:]

@@ -15,7 +15,9 @@ from services.gateway.jobs.domain import Ending, Job, JobState, VideoInfo
 from services.gateway.jobs.giving_way import Denoise
 from services.gateway.jobs.queue import JobQueue
 from services.gateway.jobs.tracker import JobTracker
+from services.gateway.objects import ArtifactsAway
 from services.gateway.pipeline.workflows import CANCELLED, Workflows
+from services.gateway.workers.choosing import job_slots
 from shared.errors import DiskFull, NotFound, OviError, ReferenceLost
 from shared.logging import get_logger
 
@@ -53,7 +55,7 @@ class Work(Protocol):
 
 
 class Files(Protocol):
-    """What jobs leave on disk; see `services.gateway.artifacts`."""
+    """What jobs leave in the artifact store; see `services.gateway.artifacts`."""
 
     def delete(self, job_id: str) -> None: ...
 
@@ -74,6 +76,7 @@ class Pipeline:
         files: Files,
         options: PipelineOptions,
         may_work: Callable[[], bool],
+        num_gateways: Callable[[], int],
     ) -> None:
         """
         Args:
@@ -84,6 +87,7 @@ class Pipeline:
             files: of jobs.
             options: how many at once, and how long.
             may_work: false while other gateways may hold this one to be gone.
+            num_gateways: that take jobs from the queue, this one among them.
         """
         self._workflows = workflows
         self._queue = queue
@@ -92,6 +96,7 @@ class Pipeline:
         self._files = files
         self._options = options
         self._may_work = may_work
+        self._num_gateways = num_gateways
         self._claimed: dict[str, float] = {}
         """Jobs that were taken and have not been let go of, and when they were taken, by the monotonic clock."""
         self._running: dict[str, asyncio.Task[Any]] = {}
@@ -118,7 +123,8 @@ class Pipeline:
     @property
     def is_full(self) -> bool:
         """Whether no further job is taken for now."""
-        return len(self._claimed) >= self._options.max_concurrent_jobs
+        slots = job_slots(self._options.max_concurrent_jobs, self._work.num_workers, self._num_gateways())
+        return len(self._claimed) >= slots
 
     @property
     def claimed(self) -> frozenset[str]:
@@ -201,7 +207,14 @@ class Pipeline:
         await self.stop(states.keys() - paused)
         for job_id, state in states.items():
             if state is JobState.CANCELLED or state is None:
-                await asyncio.to_thread(self._files.delete, job_id)
+                await self.discard_files(job_id)
+
+    async def discard_files(self, job_id: str) -> None:
+        """Delete the files of a job that was cancelled. Where the artifact store is away they go with the job's row."""
+        try:
+            await asyncio.to_thread(self._files.delete, job_id)
+        except ArtifactsAway as error:
+            log.warning("files of a cancelled job were left", job_id=job_id, reason=error.message)
 
     async def close(self) -> None:
         """Stop working; unfinished jobs go on in another gateway, or here at the next start."""
@@ -268,14 +281,22 @@ class Pipeline:
         try:
             job = await self._tracker.get(job_id)
             ending = await self._ending(job)
-            await asyncio.to_thread(self._files.delete_checkpoint, job_id)  # that of a job that failed is of no use
-            num_bytes = await asyncio.to_thread(self._files.tidy, job_id)
+            num_bytes = await asyncio.to_thread(self._tidied, job_id, ending)
             await self._tracker.until_written(lambda: self._tracker.finish(job_id, ending, num_bytes))
         finally:
             if self._running.get(job_id) is task:
                 del self._running[job_id]
                 self._claimed.pop(job_id, None)
                 self.wake()
+
+    def _tidied(self, job_id: str, ending: Ending) -> int:
+        """Remove what an ended job needs no more; bytes of what it keeps."""
+        try:
+            self._files.delete_checkpoint(job_id)  # that of a job that failed is of no use
+            return self._files.tidy(job_id)
+        except ArtifactsAway as error:
+            log.warning("files of an ended job were not looked through", job_id=job_id, reason=error.message)
+            return ending.video.num_bytes if ending.video is not None else 0
 
     async def _ending(self, job: Job) -> Ending:
         """How a job ends: the main loop of the work, where every failure becomes the job's."""

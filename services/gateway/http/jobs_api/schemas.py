@@ -163,6 +163,8 @@ class SetbackView(BaseModel):
 
     time: datetime
     reason: str
+    stage: JobStage = Field(description="What was being done; waiting where it does not matter.")
+    worker: str = Field(description="Address of the worker that did it; empty where none had to do with it.")
 
 
 class EstimateView(BaseModel):
@@ -277,7 +279,10 @@ def job_view(job: Job) -> JobView:
         end_time=_time_or_none(job.end_time_s),
         attempts=job.attempts,
         stage_seconds=dict(job.stage_seconds),
-        setbacks=[SetbackView(time=_time(one.time_s), reason=one.reason) for one in job.setbacks],
+        setbacks=[
+            SetbackView(time=_time(one.time_s), reason=one.reason, stage=one.stage, worker=one.worker)
+            for one in job.setbacks
+        ],
         request_id=asked.request_id,
         priority=asked.priority,
         deadline_time=_time_or_none(asked.deadline_time_s),
