@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import sqlalchemy as sa
 
+from services.gateway.turns import TakingTurns
 from shared.errors import FailedPrecondition
 
 DATABASE_FILE = "ovi.sqlite3"
@@ -120,10 +122,14 @@ def open_postgres(url: sa.URL) -> sa.Engine:
 def open_database(path: Path) -> sa.Engine:
     """An engine on a SQLite file: write-ahead log, every commit on disk before it is answered, writers take turns."""
     # Its errors go to logs, where prompts do not belong.
-    engine = sa.create_engine(f"sqlite:///{path}", pool_size=10, hide_parameters=True)
+    engine = sa.create_engine(
+        f"sqlite:///{path}", pool_size=10, hide_parameters=True, connect_args={"factory": TakingTurns}
+    )
+    turns = threading.Lock()
 
     @sa.event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
+        connection.share(turns, _BUSY_TIMEOUT_MS / 1e3)
         connection.isolation_level = "IMMEDIATE"
         for pragma in (
             "journal_mode=WAL",
