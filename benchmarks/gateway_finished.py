@@ -71,7 +71,8 @@ def _run(folder: Path, gateway: GatewayUnderTest, number: int, moment: str) -> F
             )
         last = max(jobs, key=lambda job: (job.create_time.seconds, job.create_time.nanos))
         with httpx.stream("GET", f"{gateway.http_url}/v1/jobs/{last.id}/events", timeout=None) as events:
-            assert gateway.end_of(last.id).state == pb.JOB_STATE_COMPLETED
+            *_, end = gateway.jobs.WatchJob(pb.WatchJobRequest(id=last.id))
+            assert end.job.state == pb.JOB_STATE_COMPLETED, end
             events.read()
     while _counts(gateway)["completed"] < sum(_counts(gateway).values()):
         time.sleep(0.1)

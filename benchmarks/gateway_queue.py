@@ -96,9 +96,9 @@ def measure_queue(database: str, num_queued: int) -> tuple[list[CallRow], list[C
     """Figures of one gateway with a full queue; its stages are scripted ones that never finish, so only it works."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
+        url = stack.enter_context(running_postgres()).new_database() if database == POSTGRESQL else ""
         stages = stack.enter_context(scripted_stages())
         stages.fusion.automatic = False
-        url = stack.enter_context(running_postgres()).new_database() if database == POSTGRESQL else ""
         fill(folder, url, num_queued)
         flags = ["--database-url", url] if url else []
         gateway = stack.enter_context(running_gateway(folder, *stages.flags, *NO_LIMITS, *flags))
