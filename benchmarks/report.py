@@ -301,6 +301,12 @@ def memory_table(folder: Path) -> str:
     return table(head, rows) + sources(lines)
 
 
+def refusal_list(folder: Path) -> str:
+    """What the newest run was told of GPUs that were too small."""
+    lines = read_lines(folder, "memory")
+    return "\n".join(f"- {message}" for message in lines[-1].run.get("refusals", {}).values()) if lines else ""
+
+
 def switching_table(folder: Path) -> str:
     """How long a running stack takes to change its mode."""
     lines = newest(read_lines(folder, "memory", "switches"), lambda line: (line.device, line.row["mode"]))
@@ -316,6 +322,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "queue": queue_table,
     "recovery": recovery_table,
     "memory": memory_table,
+    "refusals": refusal_list,
     "switching": switching_table,
     **report_gateway.TABLES,
 }

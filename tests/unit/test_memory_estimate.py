@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.memory import LIMITS_GIB
 from cli.checkpoints.presets import PRESETS
 from services.fusion.checkpoint import FusionFile
 from services.fusion.memory.loading import load_streamed
@@ -50,6 +52,7 @@ from shared.variants import VARIANTS
 from tests.fusion_checkpoint import SMALL, write_variant
 
 GIB = 2**30
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CLIPS = {
     "720x720_5s": ClipTokens.of_seconds(5, 736, 704),
     "960x960_5s": ClipTokens.of_seconds(5, 960, 960),
@@ -200,22 +203,25 @@ def test_measured_peaks_of_fusion(clip, layout, degrees, measured_gib, more) -> 
     assert estimated / GIB == pytest.approx(measured_gib, rel=0.015)
 
 
-# benchmarks/results/memory_h200_1gpu_2026-11-21.json: most that a stack took of a GPU of so many GiB, with contexts.
 STACKS = [
-    (VramMode.STANDARD, "960x960_10s", 40.0, 36.73),
-    (VramMode.STANDARD, "720x720_5s", 36.0, 31.95),
-    (VramMode.STREAMED, "960x960_10s", 11.5, 10.35),
-    (VramMode.STREAMED, "720x720_5s", 10.0, 9.63),
-    (VramMode.ULTRA_LOW, "960x960_10s", 7.5, 7.56),
-    (VramMode.ULTRA_LOW, "720x720_5s", 7.0, 6.57),
+    pytest.param(row, id=f"{row['mode']}, {row['clip']}")
+    for path in sorted(RESULTS.glob("memory_*.json"))
+    for row in json.loads(path.read_text())["rows"]
+    if not row["refused"]
 ]
+"""Whole stacks on a GPU of so many GiB: the most that they took of it, contexts included."""
 
 
-@pytest.mark.parametrize(("mode", "clip", "gpu_gib", "measured_gib"), STACKS)
-def test_measured_peaks_of_stacks(mode: VramMode, clip: str, gpu_gib: float, measured_gib: float) -> None:
-    gpu = DeviceFacts("cuda:0", int(gpu_gib * GIB), int(gpu_gib * GIB), "9.0", unified=False)
-    plan = plan_stack([gpu], RELEASED, [ClipShape.largest_of(VARIANTS[clip])], StackWish(mode))
-    assert plan.total_bytes / GIB == pytest.approx(measured_gib, rel=0.1)
+def test_every_mode_with_a_limit_was_measured() -> None:
+    assert {VramMode(param.values[0]["mode"]) for param in STACKS} == set(LIMITS_GIB)
+
+
+@pytest.mark.parametrize("row", STACKS)
+def test_measured_peaks_of_stacks(row: dict[str, Any]) -> None:
+    gpu = DeviceFacts("cuda:0", int(row["limit_gib"] * GIB), int(row["limit_gib"] * GIB), "9.0", unified=False)
+    plan = plan_stack([gpu], RELEASED, [ClipShape.largest_of(VARIANTS[row["clip"]])], StackWish(VramMode(row["mode"])))
+    assert plan.total_bytes / GIB == pytest.approx(row["peak_gib"], rel=0.1)
+    assert row["peak_gib"] <= row["limit_gib"]
 
 
 def test_a_text_encoder_on_the_cpu_takes_nothing() -> None:
