@@ -70,6 +70,8 @@ class Denoising:
         self._begin_again = begin_again
         self.kept = kept
         """Steps of the kept checkpoint."""
+        self._replaces_any = False
+        """Whether what is kept is of no use, however many steps it has."""
         self._furthest = 0
         """Most steps that any attempt has finished."""
         self._worker: FusionClient | None = None
@@ -199,6 +201,7 @@ class Denoising:
 
     async def _forget(self) -> None:
         """Delete the kept checkpoint. Where the store is away the next one takes its place, or it is refused again."""
+        self._replaces_any = True
         try:
             await asyncio.to_thread(self._artifacts.delete_checkpoint, self._job_id)
         except ArtifactsAway as error:
@@ -232,6 +235,7 @@ class Denoising:
             log.warning("a checkpoint was not given back", job_id=self._job_id, reason=error.message)
 
     def _write(self, file: torch.Tensor, steps_done: int) -> None:
-        # A gateway that was held to be gone, and its job's next owner has come further.
-        if self._artifacts.checkpoint_steps(self._job_id) < steps_done:
+        # If there is more, this gateway was held to be gone, and its job's next owner has come further.
+        if self._replaces_any or self._artifacts.checkpoint_steps(self._job_id) < steps_done:
             self._artifacts.write_checkpoint(self._job_id, file)
+            self._replaces_any = False

@@ -7,6 +7,7 @@ stake, and travels while the next step is made. Where it is not kept by then, th
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -61,6 +62,7 @@ class RunControl:
         self._settled = threading.Event()
         """Of the last state that was given out."""
         self._has_said_late = False
+        self._waited_s = 0.0
 
     def pause(self) -> bool:
         """Stop the run after its present step, or with a step cache after the next one that is computed.
@@ -96,6 +98,8 @@ class RunControl:
         finally:
             with self._lock:
                 self._running = False
+            if self._waited_s:
+                log.info("waited for checkpoints to be kept", seconds=round(self._waited_s, 3))
 
     def _steered(self, run: Iterator[T | StepDone], stake: _Stake) -> Iterator[T | StepDone | StateGiven | RunPaused]:
         for event in run:
@@ -128,7 +132,12 @@ class RunControl:
 
     def _wait(self, stake: _Stake) -> None:
         """Before a step that would be one too many; on several ranks the others wait for rank 0's word meanwhile."""
-        if not stake.is_full or self._settled.wait(self._longest_wait_s):
+        if not stake.is_full:
+            return
+        begun_s = time.monotonic()
+        in_time = self._settled.wait(self._longest_wait_s)
+        self._waited_s += time.monotonic() - begun_s
+        if in_time:
             return
         stake.stop_waiting()
         if not self._has_said_late:
