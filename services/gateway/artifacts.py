@@ -22,8 +22,8 @@ _LATENTS = "latents.safetensors"
 _CHECKPOINT = "denoise.safetensors"
 _HEADER_BYTES = 64 << 10
 """More than the header of a checkpoint has."""
-_PART_BYTES = 4 << 20
-"""Read of a clip at once."""
+_PART_BYTES = 1 << 20
+"""Read of a clip at once, and held in memory for each client that downloads."""
 _PIECE_BYTES = 512 << 10
 """Given to a client at once."""
 _MAX_CLIP_BYTES = 1 << 30
@@ -84,7 +84,7 @@ class Artifacts:
         self._store.put(_name(job_id, file_name), content)
 
     async def pieces(self, job_id: str, file_name: str, start: int, stop: int) -> AsyncIterator[bytes]:
-        """Bytes of a file from `start` up to `stop`, in pieces below 1 MiB; no more than some MiB are in memory.
+        """Bytes of a file from `start` up to `stop`, in pieces below 1 MiB, read as they are wanted.
 
         Raises:
             NotFound: the file is not there any more.

@@ -52,8 +52,7 @@ class ClipAnswers:
         _require_completed(job)
         info = await asyncio.to_thread(self._artifacts.find, job.id, preview.file_name)
         if info is None:
-            clip = await asyncio.to_thread(self._artifacts.read, job.id)
-            picture = await self._previews.make(job.id, clip, preview)
+            picture = await self._previews.make(job.id, self._artifacts.read, preview)
             with disk_full_is_said():
                 info = await asyncio.to_thread(self._keep, job.id, preview, picture)
         pieces = partial(self._artifacts.pieces, job.id, preview.file_name)

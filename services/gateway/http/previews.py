@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import av
 from PIL import Image
@@ -43,14 +43,14 @@ class PreviewMaker:
     def __init__(self) -> None:
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
-    async def make(self, job_id: str, clip: bytes, preview: Preview) -> bytes:
-        """The picture file of a job's mp4.
+    async def make(self, job_id: str, read: Callable[[str], bytes], preview: Preview) -> bytes:
+        """The picture file of a job's mp4, which is read when it is this one's turn.
 
         Raises:
             CorruptTensor: the clip cannot be decoded.
         """
         async with self._turns:
-            return await asyncio.to_thread(picture_of, job_id, clip, preview)
+            return await asyncio.to_thread(lambda: picture_of(job_id, read(job_id), preview))
 
 
 def picture_of(job_id: str, clip: bytes, preview: Preview) -> bytes:
