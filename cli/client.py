@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+import typer
 
 from cli.connection import Connection, chosen_connection
+from cli.errors import EXIT_INTERRUPTED
+from cli.interrupt import Interrupted, run_interruptible
+from ovi.common.v1 import system_pb2, system_pb2_grpc
 from ovi.gateway.v1 import gateway_pb2 as pb
 from ovi.gateway.v1 import gateway_pb2_grpc as pb_grpc
 from shared.errors import CorruptTensor, OviError, Unavailable
@@ -30,7 +34,7 @@ _RETRY_S = 0.5
 
 
 class GatewayClient:
-    """One gateway's JobService. Use inside `async with`."""
+    """One gateway's services. Use inside `async with`."""
 
     def __init__(self, server: str, connection: Connection | None = None) -> None:
         """
@@ -46,6 +50,7 @@ class GatewayClient:
         self._metadata = connection.metadata
         self._channel = connection.open(server)
         self._jobs = pb_grpc.JobServiceStub(self._channel)
+        self._system = system_pb2_grpc.SystemServiceStub(self._channel)
 
     async def __aenter__(self) -> GatewayClient:
         return self
@@ -111,6 +116,13 @@ class GatewayClient:
                 if not away or last_s is None or time.monotonic() - last_s > _PATIENCE_S:
                     raise self._in_words(error) from None
             await asyncio.sleep(_RETRY_S)
+
+    async def workers(self) -> Sequence[system_pb2.Worker]:
+        """The workers of the stages, as the gateway sees them."""
+        answer: system_pb2.ListWorkersResponse = await self._call(
+            self._system.ListWorkers(system_pb2.ListWorkersRequest(), timeout=_CALL_TIMEOUT_S, metadata=self._metadata)
+        )
+        return answer.workers
 
     async def cancel(self, job_id: str) -> pb.Job:
         """Ask a job to stop.
@@ -222,3 +234,22 @@ class GatewayClient:
                 " `ovi up` starts one, `ovi doctor` tells what is wrong"
             )
         return known
+
+
+def run_with_client(server: str, work: Callable[[GatewayClient], Awaitable[T]]) -> T:
+    """The result of some work with a gateway; Ctrl-C ends the command.
+
+    Raises:
+        OviError: what the work raises.
+        typer.Exit: it was interrupted.
+    """
+
+    async def run() -> T:
+        async with GatewayClient(server) as client:
+            return await work(client)
+
+    coroutine: Coroutine[Any, Any, T] = run()
+    try:
+        return run_interruptible(coroutine)
+    except Interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from google.protobuf.message import Message
@@ -16,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cli import flags
-from cli.client import ENDED, GatewayClient
-from cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandFailed, UsageProblem, errors_in_words
-from cli.interrupt import Interrupted, run_interruptible
+from cli.client import ENDED, GatewayClient, run_with_client
+from cli.errors import EXIT_FAILED, CommandFailed, UsageProblem, errors_in_words
 from cli.progress import job_view
 from cli.words import STAGES, STATE_STYLES, as_dict, describe_video, state_word
 from ovi.gateway.v1 import gateway_pb2 as pb
@@ -46,7 +44,7 @@ def list_jobs(
     """The newest jobs first."""
     with errors_in_words():
         states = [_state(word) for word in state or []]
-        jobs = _with_client(server, lambda client: client.list(states, limit))
+        jobs = run_with_client(server, lambda client: client.list(states, limit))
         if as_json:
             for job in jobs:
                 _print_json(job)
@@ -72,7 +70,7 @@ def list_jobs(
 def show(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: flags.Json = False) -> None:
     """Everything known of a job."""
     with errors_in_words():
-        _print_job(_with_client(server, lambda client: client.get(job_id)), as_json)
+        _print_job(run_with_client(server, lambda client: client.get(job_id)), as_json)
 
 
 @jobs_app.command()
@@ -92,7 +90,7 @@ def watch(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: f
         return job
 
     with errors_in_words():
-        job = _with_client(server, follow)
+        job = run_with_client(server, follow)
         if not as_json:
             _print_job(job, as_json=False)
         if job.state != pb.JOB_STATE_COMPLETED:
@@ -103,7 +101,7 @@ def watch(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: f
 def cancel(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: flags.Json = False) -> None:
     """Stop a job; one that runs ends after its present step."""
     with errors_in_words():
-        job = _with_client(server, lambda client: client.cancel(job_id))
+        job = run_with_client(server, lambda client: client.cancel(job_id))
         if as_json:
             _print_json(job)
         elif job.state in ENDED:
@@ -116,14 +114,14 @@ def cancel(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: 
 def pause(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: flags.Json = False) -> None:
     """Set a job aside: a queued one is not begun, a running one keeps what it has made."""
     with errors_in_words():
-        _tell(_with_client(server, lambda client: client.pause(job_id)), as_json)
+        _tell(run_with_client(server, lambda client: client.pause(job_id)), as_json)
 
 
 @jobs_app.command()
 def resume(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER, as_json: flags.Json = False) -> None:
     """Put a paused job back into the queue."""
     with errors_in_words():
-        _tell(_with_client(server, lambda client: client.resume(job_id)), as_json)
+        _tell(run_with_client(server, lambda client: client.resume(job_id)), as_json)
 
 
 @jobs_app.command()
@@ -148,7 +146,7 @@ def batch(
         request = pb.BatchCreateRequest(
             request_id=uuid.uuid4().hex, table=rows, template=template, samples_per_prompt=samples, priority=priority
         )
-        made = _with_client(server, lambda client: client.create_batch(request))
+        made = run_with_client(server, lambda client: client.create_batch(request))
         if as_json:
             _print_json(made)
             return
@@ -160,7 +158,7 @@ def batch(
 def delete(job_id: JobId, server: flags.Server = flags.DEFAULT_SERVER) -> None:
     """Delete an ended job, its clip and its latents."""
     with errors_in_words():
-        _with_client(server, lambda client: client.delete(job_id))
+        run_with_client(server, lambda client: client.delete(job_id))
         typer.echo(f"{job_id} is deleted")
 
 
@@ -184,22 +182,10 @@ def download(
 
     with errors_in_words():
         try:
-            job = _with_client(server, fetch)
+            job = run_with_client(server, fetch)
         except OSError as error:
             raise UsageProblem(f"--out: {path} cannot be written ({error.strerror})") from None
         typer.echo(f"{path}  {describe_video(job.video)}")
-
-
-def _with_client(server: str, work: Callable[[GatewayClient], Awaitable[T]]) -> T:
-    async def run() -> T:
-        async with GatewayClient(server) as client:
-            return await work(client)
-
-    coroutine: Coroutine[Any, Any, T] = run()
-    try:
-        return run_interruptible(coroutine)
-    except Interrupted:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _tell(job: pb.Job, as_json: bool) -> None:
@@ -244,7 +230,7 @@ def _print_job(job: pb.Job, as_json: bool) -> None:
         "priority": str(job.priority),
         "progress": f"{job.progress.fraction:.0%}" if job.state not in ENDED else "",
         "expected": _expected(job),
-        "begun again": "; ".join(setback.reason for setback in job.setbacks),
+        "begun again": "; ".join(_setback(setback) for setback in job.setbacks),
         "error": f"{job.error.message} ({job.error.code})" if job.HasField("error") else "",
         "video": f"{describe_video(job.video)}, {job.video.url_path}" if job.HasField("video") else "",
     }
@@ -253,6 +239,13 @@ def _print_job(job: pb.Job, as_json: bool) -> None:
         if value:
             grid.add_row(Text(name, style="dim"), Text(value))
     Console(highlight=False).print(grid)
+
+
+def _setback(setback: pb.Setback) -> str:
+    """Why, and where it was, if the reason does not say that itself."""
+    if not setback.worker or setback.worker in setback.reason:
+        return setback.reason
+    return f"{setback.reason} ({setback.worker})"
 
 
 def _step_cache(job: pb.Job) -> str:

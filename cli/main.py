@@ -26,6 +26,7 @@ from cli.jobs import jobs_app
 from cli.keys import keys_app
 from cli.profiles import profiles
 from cli.up import up
+from cli.workers import workers
 
 app = typer.Typer(
     name="ovi",
@@ -44,6 +45,7 @@ app.add_typer(models_app, name="models")
 app.command()(doctor)
 app.command()(health)
 app.command()(profiles)
+app.command()(workers)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from services.gateway.memory import StageDevices, device_key
+from services.gateway.workers.choosing import WorkerState
+from services.gateway.workers.replicas import WorkerView
 from shared.memory.device_state import DeviceState
 from shared.memory.modes import VramMode
 
@@ -42,6 +44,7 @@ class GatewayMetrics:
             registry=registry,
         )
         self._devices = DeviceMetrics(registry)
+        self._workers = WorkerMetrics(registry)
 
     def job_created(self) -> None:
         """A job was accepted."""
@@ -82,6 +85,37 @@ class GatewayMetrics:
     def devices(self) -> DeviceMetrics:
         """Those of devices."""
         return self._devices
+
+    @property
+    def workers(self) -> WorkerMetrics:
+        """Those of workers."""
+        return self._workers
+
+
+class WorkerMetrics:
+    """The workers of the stages, set from what is known of them at each scrape."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._number = Gauge(
+            "ovi_workers", "Workers that this gateway knows, by state", ["stage", "state"], registry=registry
+        )
+        self._pending = Gauge(
+            "ovi_worker_pending",
+            "Calls that wait or are under way at a worker",
+            ["stage", "address"],
+            registry=registry,
+        )
+
+    def show(self, views: Sequence[WorkerView]) -> None:
+        """All of them, as they are now."""
+        for gauge in (self._number, self._pending):
+            gauge.clear()
+        for stage in sorted({view.stage for view in views}):
+            for state in WorkerState:
+                number = sum(view.state is state for view in views if view.stage == stage)
+                self._number.labels(stage, state.value).set(number)
+        for view in views:
+            self._pending.labels(view.stage, view.address).set(view.num_pending)
 
 
 class DeviceMetrics:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser
 
+from shared.places import Name, split_address
 from shared.tensors.transport import TensorResolver
 
 ROOT = Path(__file__).parents[2]
@@ -71,17 +72,16 @@ def check_stack(options: Mapping[str, Any]) -> None:
         options: resolved, by service.
     """
     gateway = options["gateway"]
-    called = {
-        "text_encoder": (gateway.stages.text_encoder,),
-        "fusion": gateway.stages.fusion,
-        "vae": gateway.stages.vae,
-    }
-    for name, addresses in called.items():
+    for name, places in gateway.stages.by_stage.items():
         stage = options[name].stage
-        ports = {address.rpartition(":")[2] for address in addresses}
-        assert ports == {str(stage.listen.port)}, f"{name} is called at {addresses}"
-        hosts = {address.rpartition(":")[0] for address in addresses}
-        assert stage.advertise_host in hosts, f"{name} says that it is {stage.advertise_host}, it is called at {hosts}"
+        hosts, domains = set(), set()
+        for place in places.given:
+            host, port = (place.host, place.port) if isinstance(place, Name) else split_address(place.address)
+            assert port == stage.listen.port, f"{name} is called at {place}"
+            # Pods behind a name have names of their own below it.
+            (domains if isinstance(place, Name) else hosts).add(host)
+        known = stage.advertise_host in hosts or stage.advertise_host.partition(".")[2] in domains
+        assert known, f"{name} says that it is {stage.advertise_host}, it is called at {hosts | domains}"
         assert stage.data_port, f"{name} has a data port that a firewall can know"
     for consumer, producers in CONSUMERS.items():
         accepted = gateway.producer_hosts if consumer == "gateway" else options[consumer].stage.producer_hosts

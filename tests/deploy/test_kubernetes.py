@@ -159,8 +159,11 @@ def test_workers_come_with_the_queue_and_the_gateway_knows_them_all() -> None:
     assert scaler["metrics"][0]["external"]["metric"]["name"] == "ovi_queue_length"
     args = found(manifests, "StatefulSet", "gateway")["spec"]["template"]["spec"]["containers"][0]["args"]
     (workers,) = [argument for argument in args if argument.startswith("--fusion=")]
-    names = [f"fusion-{index}.fusion:50052" for index in range(scaler["maxReplicas"])]
-    assert workers == f"--fusion={','.join(names)}"
+    service = found(manifests, "Service", fusion["spec"]["serviceName"])
+    assert service["spec"]["clusterIP"] == "None", "its name has an address for each pod"
+    port = next(port["port"] for port in service["spec"]["ports"] if port["name"] == "grpc")
+    assert workers == f"--fusion=dns:///{service['metadata']['name']}:{port}"
+    assert not any(argument.startswith("--max-concurrent-jobs") for argument in args), "they follow the workers"
 
 
 def test_every_claim_secret_and_volume_is_there(manifests: list[Manifest]) -> None:

@@ -11,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.memory import StageDevices
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.workers.choosing import WorkerState
+from services.gateway.workers.replicas import WorkerSource, WorkerView
 from shared.memory.device_state import DeviceState
 from shared.memory.modes import VramMode
 from tests.deploy.commands import ROOT
@@ -31,6 +33,8 @@ def known() -> dict[str, set[str]]:
     gpu = DeviceState("cuda:0", "NVIDIA H200", "GPU-0", "cuda", 100, 60, 30, 10, utilization=0.5)
     answers = [StageDevices("fusion", "localhost", (gpu,))]
     metrics.devices.show({"GPU-0": gpu}, answers, num_warnings=1, mode=VramMode.STANDARD)
+    worker = WorkerView("fusion", "f:1", WorkerSource.ADDRESS, WorkerState.SERVING, "", None, 2, (), 0.0)
+    metrics.workers.show([worker])
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(metrics.render({"queued": 2, "running": 1}).decode()):
         for sample in family.samples:

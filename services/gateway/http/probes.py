@@ -41,6 +41,7 @@ def probes_router(backend: Backend) -> APIRouter:
         backend.metrics.devices.show(
             backend.system.devices, backend.system.answers, num_warnings=backend.watcher.num_warnings, mode=mode
         )
+        backend.metrics.workers.show(backend.clients.views())
         body = backend.metrics.render({state.value: count for state, count in counts.items()})
         return Response(body, media_type=_METRICS_TYPE)
 
