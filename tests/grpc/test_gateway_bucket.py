@@ -131,6 +131,7 @@ def test_a_job_waits_for_a_bucket_that_is_away(stages, bucket, tmp_path):
             end = gateway.end_of(job.id)
             assert end.state == pb.JOB_STATE_COMPLETED and end.attempts == 1 and stages.fusion.calls.empty()
             assert http.get(f"/v1/jobs/{job.id}/video").content == tiny_clip() == gateway.download(earlier.id)
+    assert gateway.service.process.returncode == 0, "the library's threads let the process end"
 
 
 def test_patience_with_a_bucket_is_bounded_and_nothing_is_lost_track_of(stages, bucket, tmp_path):
