@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from importlib.metadata import version
 
 import socketio
@@ -33,6 +34,7 @@ from services.gateway.http.videos_api.router import videos_router
 from services.gateway.http.webhooks.registry import make_webhooks
 from services.gateway.jobs.domain import Job
 from shared.errors import OviError
+from shared.unending import unending
 
 _EXPOSED_HEADERS = (
     "accept-ranges",
@@ -89,7 +91,7 @@ class HttpApp:
         # Changes are collected before the look at what had ended until now: no end falls between the two.
         changes = self._backend.engine.watch_all()
         self._webhooks.start()
-        self._telling = asyncio.create_task(self._tell(changes))
+        self._telling = asyncio.create_task(unending("clients are told", partial(self._tell, changes)))
 
     async def stop(self) -> None:
         """Tell nobody any more."""

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from services.gateway.jobs.signals import CHANNEL, Signal
 from shared.errors import OviError
 from shared.logging import get_logger
+from shared.unending import unending
 
 log = get_logger(__name__)
 
@@ -34,7 +35,7 @@ class Listener:
 
     def start(self) -> None:
         """Begin to listen."""
-        self._task = asyncio.create_task(self._listen())
+        self._task = asyncio.create_task(unending("signals are heard", self._listen))
 
     async def stop(self) -> None:
         """Stop listening."""

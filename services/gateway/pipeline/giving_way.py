@@ -12,6 +12,7 @@ from services.gateway.jobs.tracker import JobTracker
 from services.gateway.pipeline.pipeline import Pipeline, Work
 from shared.errors import DiskFull
 from shared.logging import get_logger
+from shared.unending import unending
 
 log = get_logger(__name__)
 
@@ -30,7 +31,7 @@ class GivingWay:
 
     def start(self) -> None:
         """Begin to look."""
-        self._looking = asyncio.create_task(self._look())
+        self._looking = asyncio.create_task(unending("jobs give way", self._look))
 
     async def stop(self) -> None:
         """End; a job that is being set aside is paused or queued afterwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from services.gateway.config import Retention
@@ -18,6 +19,7 @@ from services.gateway.pipeline.pipeline import Pipeline
 from services.gateway.pipeline.workflows import Workflows
 from shared.errors import DiskFull
 from shared.logging import get_logger
+from shared.unending import unending
 
 log = get_logger(__name__)
 
@@ -57,13 +59,14 @@ class Keeper:
         Raises:
             DatabaseAway: the database cannot be reached.
         """
-        if self._lease is not None:
-            await self._tracker.in_thread(self._lease.renew)
-            self._tasks.append(asyncio.create_task(self._renew(self._lease)))
-            self._tasks.append(asyncio.create_task(self._guard(self._lease)))
+        lease = self._lease
+        if lease is not None:
+            await self._tracker.in_thread(lease.renew)
+            self._going_on("the lease is renewed", partial(self._renew, lease))
+            self._going_on("the lease is watched", partial(self._guard, lease))
         await self._take_from_lost()
-        self._tasks.append(asyncio.create_task(self._every(_LOOK_S, self._look)))
-        self._tasks.append(asyncio.create_task(self._every(_TIDY_S, self._tidy)))
+        self._going_on("the queue is looked after", partial(self._every, _LOOK_S, self._look))
+        self._going_on("old jobs are removed", partial(self._every, _TIDY_S, self._tidy))
 
     async def hear(self, signal: Signal) -> None:
         """Another replica says that something has changed."""
@@ -87,6 +90,9 @@ class Keeper:
                 await self._tracker.in_thread(self._lease.end)
             except DatabaseAway as error:
                 log.warning("the lease was left to end by itself", reason=error.message)
+
+    def _going_on(self, what: str, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.append(asyncio.create_task(unending(what, loop)))
 
     async def _every(self, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:

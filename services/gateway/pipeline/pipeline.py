@@ -20,6 +20,7 @@ from services.gateway.pipeline.workflows import CANCELLED, Workflows
 from services.gateway.workers.choosing import job_slots
 from shared.errors import DiskFull, NotFound, OviError, ReferenceLost
 from shared.logging import get_logger
+from shared.unending import unending
 
 T = TypeVar("T")
 
@@ -114,7 +115,7 @@ class Pipeline:
             sqlalchemy.exc.DatabaseError: the database cannot be used.
         """
         await self._workflows.launch(self._make_clip)
-        self._admitter = asyncio.create_task(self._admit())
+        self._admitter = asyncio.create_task(unending("jobs are taken", self._admit))
 
     def wake(self) -> None:
         """There may be something in the queue."""

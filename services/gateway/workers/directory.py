@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from services.gateway.workers.choosing import Report, WorkerState
@@ -12,6 +13,7 @@ from services.gateway.workers.replicas import Origin, Replicas, WorkerCut, Worke
 from shared.errors import DeadlineExceeded, OviError, Unavailable
 from shared.logging import get_logger
 from shared.places import LOOKUP_S, Lookup, Name, Place, look_up
+from shared.unending import unending
 
 log = get_logger(__name__)
 
@@ -63,8 +65,10 @@ class Directory:
         """Look every name up once, or try to, then go on in the background."""
         names = [(stage, one) for stage, places in self._given.items() for one in places if isinstance(one, Name)]
         await asyncio.gather(*(self._look_up(stage, name) for stage, name in names))
-        loops: list[Coroutine[Any, Any, None]] = [self._follow(stage, name) for stage, name in names]
-        self._tasks = [asyncio.create_task(loop) for loop in (*loops, self._ask_all())]
+        follow = [partial(self._follow, stage, name) for stage, name in names]
+        loops = [unending("names are looked up", one) for one in follow]
+        loops.append(unending("workers are asked", self._ask_all))
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def stop(self) -> None:
         """End; the pools stay as they are."""

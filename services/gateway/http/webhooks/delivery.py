@@ -19,6 +19,7 @@ from services.gateway.http.webhooks.targets import Refused, TargetRules
 from services.gateway.jobs.domain import Job
 from shared.errors import InvalidRequest, NotFound, OviError
 from shared.logging import get_logger
+from shared.unending import unending
 
 log = get_logger(__name__)
 
@@ -70,7 +71,7 @@ class WebhookDelivery:
 
     def start(self) -> None:
         """Begin to call, first what an earlier process has left."""
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(unending("webhooks are called", self._run))
 
     async def stop(self) -> None:
         """Call nobody any more; calls under way are made again by the next process."""
