@@ -20,6 +20,7 @@ import torch
 from ovi.fusion.v1 import fusion_pb2
 from services.fusion.sampling.control import RunControl, StateGiven
 from services.fusion.sampling.denoise import Latents, RunState, StepDone
+from shared.logging import configure_logging
 from shared.tensors.store import Lease, TensorStore
 from tests.chaos.clips import encoded
 from tests.grpc.scripted_stages import DenoiseCall, ScriptedFusion, ScriptedTextEncoder, ScriptedVae
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=_KINDS, required=True)
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args()
+    configure_logging(args.stage, level="warning")
     PacedFusion.log = os.open(args.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     stage = _KINDS[args.stage]()
     if args.port:
