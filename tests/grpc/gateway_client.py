@@ -97,11 +97,16 @@ class GatewayUnderTest:
 
 @contextlib.contextmanager
 def running_gateway(
-    data_dir: Path, *flags: str, serving: bool = True, credentials: grpc.ChannelCredentials | None = None
+    data_dir: Path,
+    *flags: str,
+    serving: bool = True,
+    credentials: grpc.ChannelCredentials | None = None,
+    module: str = "",
 ) -> Iterator[GatewayUnderTest]:
-    """A gateway process on free ports; with credentials, one that has TLS."""
+    """A gateway process on free ports; with credentials, one that has TLS; with a module, that instead of its own."""
     arguments = ["--data-dir", str(data_dir), "--http-port", "0", "--grace-s", "5", *flags]
-    with running_service("gateway", *arguments, serving=serving, credentials=credentials) as service:
+    given = {"serving": serving, "credentials": credentials, "module": module}
+    with running_service("gateway", *arguments, **given) as service:
         gateway = GatewayUnderTest(service, data_dir)
         with gateway.channel:
             yield gateway

@@ -142,18 +142,21 @@ class _Stage:
 
     name: str
     store_type = TensorStore
+    host = "127.0.0.1"
+    first_port = 0
+    """0: any free one."""
 
     def __init__(self) -> None:
         self.producer = _Producer(self.store_type)
         self.resolver = TensorResolver.over_grpc()
         self.system = ScriptedSystem(self.name)
         self._server: grpc.Server | None = None
-        self.port = 0
+        self.port = self.first_port
         self.start()
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def add_to(self, server: grpc.Server) -> None:
         raise AssertionError("each stage adds its own servicer")
@@ -165,7 +168,7 @@ class _Stage:
         servicer = health.HealthServicer()
         servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.port = self._server.add_insecure_port(f"{self.host}:{self.port}")
         self._server.start()
 
     def stop(self) -> None:

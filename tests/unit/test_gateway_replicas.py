@@ -118,11 +118,14 @@ def test_want_of_memory_is_remembered_for_such_calls_alone():
 def test_a_slow_worker_is_taken_to_be_as_it_was_for_a_while():
     replicas, clock = pool("a", "b")
     a, _ = replicas.workers
+    clock.now_s += 10
+    replicas.note_silence(a, WorkerState.UNREACHABLE, "no answer", is_slow=True)
+    assert replicas.num_up == 2, "one that has just come"
     serving(replicas)
-    clock.now_s += 5
+    clock.now_s += 10
     replicas.note_silence(a, WorkerState.UNREACHABLE, "no answer", is_slow=True)
     assert replicas.num_up == 2
-    clock.now_s += 11
+    clock.now_s += 6
     replicas.note_silence(a, WorkerState.UNREACHABLE, "no answer", is_slow=True)
     assert replicas.num_up == 1 and replicas.views()[0].reason == "no answer"
 

@@ -78,13 +78,14 @@ class WorkerView:
 class _Member(Generic[W]):
     """What is known of one worker."""
 
-    def __init__(self, worker: W) -> None:
+    def __init__(self, worker: W, now_s: float) -> None:
         self.worker = worker
         self.origins: set[Origin] = set()
         self.state = WorkerState.UNKNOWN
         self.reason = ""
         self.report: Report | None = None
-        self.answered_s = float("-inf")
+        self.answered_s = now_s
+        """When it last told of itself, or came."""
         self.job_ids: list[str] = []
         self.num_given = 0
         self.others_pending = 0
@@ -123,7 +124,7 @@ class Replicas(Generic[W]):
         for place in sorted(wanted, key=lambda each: each.address):
             member = self._members.get(place)
             if member is None:
-                member = self._leaving.pop(place, None) or _Member(self._connect(place))
+                member = self._leaving.pop(place, None) or _Member(self._connect(place), self._clock())
                 self._members[place] = member
                 log.info("a worker has come", stage=self.name, address=place.address, source=origin.source.value)
             member.origins.add(origin)
