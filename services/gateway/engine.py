@@ -310,13 +310,12 @@ class GatewayEngine:
 
     async def _batch(self, batch_id: str) -> list[Job]:
         """All jobs of a batch, in their order."""
-        jobs: list[Job] = []
-        token = ""
         wanted = JobFilter(batch_id=batch_id, oldest_first=True)
-        while not jobs or token:
-            page = await self._tracker.page(page_size=MAX_PAGE_SIZE, page_token=token, wanted=wanted)
+        page = await self._tracker.page(page_size=MAX_PAGE_SIZE, wanted=wanted)
+        jobs = [*page.jobs]
+        while page.next_page_token:
+            page = await self._tracker.page(page_size=MAX_PAGE_SIZE, page_token=page.next_page_token, wanted=wanted)
             jobs += page.jobs
-            token = page.next_page_token
         return jobs
 
     def _note_created(self, job: Job) -> None:

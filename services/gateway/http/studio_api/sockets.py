@@ -73,19 +73,20 @@ class StudioSockets:
 
     async def _connect(self, sid: str, environ: Mapping[str, Any], auth: Any = None) -> None:
         address = address_of(environ.get("asgi.scope", {}))
-        held = contextlib.ExitStack()
-        try:
-            caller = await self._gate.admit(_credentials(environ, auth), address)
-            held.enter_context(self._gate.watching(caller))
-        except OviError as error:
-            raise socketio.exceptions.ConnectionRefusedError(error.message) from None
-        self._held[sid] = held
+        with contextlib.ExitStack() as held:
+            try:
+                caller = await self._gate.admit(_credentials(environ, auth), address)
+                held.enter_context(self._gate.watching(caller))
+                with acting_as(caller):
+                    updates = [update_of(job) for job in await self._studio.listed(_TOLD_ON_CONNECT)]
+            except OviError as error:
+                raise socketio.exceptions.ConnectionRefusedError(error.message) from None
+            self._held[sid] = held.pop_all()
         await self.server.save_session(sid, {_CALLER: caller, _ADDRESS: address})
         own = caller.key_filter
         await self.server.enter_room(sid, _EVERYBODY if own is None else _room_of(own))
-        with acting_as(caller):
-            for job in await self._studio.listed(_TOLD_ON_CONNECT):
-                await self.server.emit("job_update", asdict(update_of(job)), to=sid)
+        for update in updates:
+            await self.server.emit("job_update", asdict(update), to=sid)
 
     async def _disconnect(self, sid: str, reason: str = "") -> None:
         if (held := self._held.pop(sid, None)) is not None:
