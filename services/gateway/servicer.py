@@ -140,7 +140,9 @@ class StackSystemServicer(DevicesServicer):
     async def ListWorkers(
         self, request: system_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
     ) -> system_pb2.ListWorkersResponse:
-        return system_pb2.ListWorkersResponse(workers=map(worker_to_proto, self._clients.views()))
+        shows_jobs = current_caller().key_filter is None
+        workers = [worker_to_proto(view, shows_jobs=shows_jobs) for view in self._clients.views()]
+        return system_pb2.ListWorkersResponse(workers=workers)
 
 
 class WorkerServicer(pb_grpc.WorkerServiceServicer):

@@ -12,6 +12,7 @@ from services.gateway.config import StagePlaces
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.patience import Patience
 from services.gateway.workers.choosing import ANYTHING, Report, Wish, WorkerState
+from services.gateway.workers.listing import worker_to_proto
 from services.gateway.workers.replicas import Origin, Replicas, WorkerCut, WorkerSource
 from services.gateway.workers.trying import LongCall, carry_out
 from shared.errors import CheckpointError, CorruptTensor, Internal, OutOfMemory, ResourceExhausted, Unavailable
@@ -128,6 +129,15 @@ def test_a_slow_worker_is_taken_to_be_as_it_was_for_a_while():
     clock.now_s += 6
     replicas.note_silence(a, WorkerState.UNREACHABLE, "no answer", is_slow=True)
     assert replicas.num_up == 1 and replicas.views()[0].reason == "no answer"
+
+
+def test_ids_of_jobs_are_told_to_those_who_see_all_jobs():
+    replicas, _ = pool("a")
+    with replicas.using(replicas.workers[0], WISH, "job_1"):
+        (view,) = replicas.views()
+        assert list(worker_to_proto(view, shows_jobs=True).job_ids) == ["job_1"]
+        told = worker_to_proto(view, shows_jobs=False)
+        assert not told.job_ids and told.num_pending == 1
 
 
 def test_another_service_at_the_address_gets_no_work():

@@ -41,8 +41,13 @@ def report_from_proto(worker: pb.Worker) -> Report:
     )
 
 
-def worker_to_proto(view: WorkerView) -> pb.Worker:
-    """A worker as the gateway sees it."""
+def worker_to_proto(view: WorkerView, *, shows_jobs: bool) -> pb.Worker:
+    """A worker as the gateway sees it.
+
+    Args:
+        view: of it.
+        shows_jobs: whether the caller may know of everybody's jobs.
+    """
     told = view.report or Report(view.stage)
     return pb.Worker(
         stage=view.stage,
@@ -60,6 +65,6 @@ def worker_to_proto(view: WorkerView) -> pb.Worker:
         free_bytes=told.free_bytes,
         total_bytes=told.total_bytes,
         num_pending=view.num_pending,
-        job_ids=view.job_ids,
+        job_ids=view.job_ids if shows_jobs else (),
         passed_over_s=view.passed_over_s,
     )
