@@ -40,12 +40,22 @@ class ServiceProcess:
     credentials: grpc.ChannelCredentials | None = None
     """How its control port is connected to; None: plain text."""
     log: list[dict[str, object]] = field(default_factory=list)
+    logged: threading.Condition = field(default_factory=threading.Condition)
+    """Told of every line."""
 
     def channel(self) -> grpc.Channel:
         """A channel to the control port."""
         if self.credentials is None:
             return grpc.insecure_channel(self.address)
         return grpc.secure_channel(self.address, self.credentials)
+
+    def wait_logged(self, event: str, *, count: int) -> None:
+        """Return when so many lines of an event have been logged."""
+        with self.logged:
+            enough = self.logged.wait_for(
+                lambda: sum(entry["event"] == event for entry in self.log) >= count, START_TIMEOUT_S
+            )
+        assert enough, f"{event!r} was not logged {count} times: {self.log[-5:]}"
 
     def wait_serving(self) -> None:
         """Return when health says SERVING; health streams its changes, so nothing is polled.
@@ -101,7 +111,9 @@ def running_service(
         assert process.stderr is not None
         for line in process.stderr:
             entry = json.loads(line) if line.startswith("{") else {"event": line.rstrip()}
-            service.log.append(entry)
+            with service.logged:
+                service.log.append(entry)
+                service.logged.notify_all()
             if entry["event"] == "listening":
                 service.address = entry["address"]
                 listening.set()
