@@ -27,6 +27,7 @@ SHOWN = (("authorization", f"Bearer {KEY}"),)
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["JobService"],
     pb.DESCRIPTOR.services_by_name["ModelService"],
+    pb.DESCRIPTOR.services_by_name["WorkerService"],
     system_pb2.DESCRIPTOR.services_by_name["SystemService"],
 )
 METHODS = {f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods}
