@@ -1,11 +1,13 @@
 """Transport security: which certificates a process shows and trusts, and what may listen without any.
 
-TLS 1.2 and later, by gRPC's and Python's own defaults. Certificates are read once, at the start.
+TLS 1.2 and later, by gRPC's and Python's own defaults. Ports look at their files with every new connection; channels
+read theirs when they are opened.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import ipaddress
 import ssl
 from collections.abc import Sequence
@@ -17,6 +19,8 @@ from typing import Any
 import grpc
 import grpc.aio
 from cryptography import x509
+
+from shared.renewal import Renewal
 
 CERT_FLAG = "--tls-cert"
 INSECURE_FLAG = "--insecure"
@@ -67,12 +71,56 @@ class Tls:
         return self.ca is not None or self.public
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
-        """For a gRPC port; None: plain text."""
-        if self.cert is None or self.key is None:
+        """For a gRPC port, whose new connections see renewed files; None: plain text."""
+        if not self.serves:
             return None
+        renewal = Renewal(self._served_files(), self._server_configuration)
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            return renewal.current if renewal.look() else None
+
+        asked = self.client_ca is not None
+        return grpc.dynamic_ssl_server_credentials(renewal.current, renewed, require_client_authentication=asked)
+
+    def server_context(self) -> ssl.SSLContext | None:
+        """For any other port, whose new connections see renewed files; None: plain text."""
+        if not self.serves:
+            return None
+        renewal = Renewal(self._served_files(), self._server_context)
+
+        def choose(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+            renewal.look()
+            connection.context = renewal.current
+
+        listening = renewal.current
+        # Called with every client's first message, also if it names no server.
+        listening.sni_callback = choose
+        return listening
+
+    def _served_files(self) -> list[Path]:
+        return [path for path in (self.cert, self.key, self.client_ca) if path is not None]
+
+    def _server_configuration(self) -> grpc.ServerCertificateConfiguration:
+        cert, key = self._checked_pair()
         ca = self.client_ca.read_bytes() if self.client_ca is not None else None
-        pair = (self.key.read_bytes(), self.cert.read_bytes())
-        return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+        return grpc.ssl_server_certificate_configuration([(key.read_bytes(), cert.read_bytes())], ca)
+
+    def _server_context(self) -> ssl.SSLContext:
+        cert, key = self._checked_pair()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key, password="")
+        if self.client_ca is not None:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+            # A session that is taken up again shows no certificate, so a new authority would not be asked about it.
+            context.num_tickets = 0
+            context.options |= ssl.OP_NO_TICKET
+        return context
+
+    def _checked_pair(self) -> tuple[Path, Path]:
+        now = dataclasses.replace(self)
+        assert now.cert is not None and now.key is not None
+        return now.cert, now.key
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
         """For a gRPC channel; None: plain text."""

@@ -24,6 +24,7 @@ from services.gateway.engine import GatewayEngine
 from services.gateway.fitting import Fitting
 from services.gateway.http.app import HttpApp
 from services.gateway.http.backend import Backend, GatewayPhase
+from services.gateway.http.connections import ConnectionLimits
 from services.gateway.http.options import add_http_flags, http_options
 from services.gateway.http.server import HttpSide
 from services.gateway.images import ImageStore
@@ -122,6 +123,7 @@ async def _run_owner(options: GatewayOptions) -> None:
             port=options.http_port,
             grace_s=listen.grace_s,
             max_message_bytes=options.http.max_body_bytes,
+            limits=ConnectionLimits(options.http.max_connections),
             tls=listen.tls,
         )
     except OSError as error:

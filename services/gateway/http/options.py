@@ -8,6 +8,8 @@ from pathlib import Path
 
 DEFAULT_MAX_BODY_MIB = 48.0
 """Room for the largest picture (32 MiB) as a data URL."""
+DEFAULT_MAX_CONNECTIONS = 4096
+_MOST_CONNECTIONS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class HttpOptions:
     """Origins whose scripts may call, such as https://studio.example.com; none: only pages of the gateway itself."""
     max_body_bytes: int
     """Largest body of a request, and largest WebSocket message."""
+    max_connections: int
+    """Open connections at once; those beyond it are refused."""
     webhook_secret_file: Path | None
     """Holds the key that signs webhooks; None: none are sent."""
     webhook_hosts: tuple[str, ...]
@@ -28,6 +32,8 @@ class HttpOptions:
     def __post_init__(self) -> None:
         if self.max_body_bytes < 1024:
             raise ValueError(f"--max-body-mib: got {self.max_body_bytes} bytes, allowed is 1 KiB or more")
+        if not 1 <= self.max_connections <= _MOST_CONNECTIONS:
+            raise ValueError(f"--max-connections: got {self.max_connections}, allowed is 1 to {_MOST_CONNECTIONS}")
         for origin in self.cors_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ValueError(f"--cors-origins: got {origin!r}, allowed is scheme://host[:port], or *")
@@ -42,6 +48,12 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULT_MAX_BODY_MIB,
         help="largest body of an HTTP request, in MiB (default: %(default)s)",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=DEFAULT_MAX_CONNECTIONS,
+        help="open HTTP connections at once, event streams and sockets among them (default: %(default)s)",
     )
     add(
         "--webhook-secret-file",
@@ -61,6 +73,7 @@ def http_options(args: argparse.Namespace) -> HttpOptions:
     return HttpOptions(
         cors_origins=tuple(origin.rstrip("/") for origin in _listed(args.cors_origins)),
         max_body_bytes=int(args.max_body_mib * 2**20),
+        max_connections=args.max_connections,
         webhook_secret_file=args.webhook_secret_file,
         webhook_hosts=_listed(args.webhook_hosts),
         webhook_private=args.webhook_private,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from services.gateway.http.connections import BoundedProtocol, ConnectionLimits, make_room
 from shared.logging import get_logger
 from shared.tls import PLAIN, Tls
 
@@ -18,7 +19,28 @@ log = get_logger(__name__)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: the gRPC side decides when the process ends."""
+    """uvicorn with bounded connections, and without signal handlers: the gRPC side decides when the process ends."""
+
+    def __init__(self, config: uvicorn.Config, limits: ConnectionLimits, context: ssl.SSLContext | None) -> None:
+        super().__init__(config)
+        self._limits = limits
+        self._context = context
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        limit_s = None if self._context is None else self._limits.head_s
+        self.servers = [
+            await loop.create_server(
+                lambda: BoundedProtocol(self._limits, self.config, self.server_state),
+                sock=listening,
+                ssl=self._context,
+                backlog=self.config.backlog,
+                ssl_handshake_timeout=limit_s,
+                ssl_shutdown_timeout=limit_s,
+            )
+            for listening in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -29,7 +51,15 @@ class HttpSide:
     """The application on a port."""
 
     def __init__(
-        self, app: ASGIApp, *, host: str, port: int, grace_s: float, max_message_bytes: int, tls: Tls = PLAIN
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        grace_s: float,
+        max_message_bytes: int,
+        limits: ConnectionLimits,
+        tls: Tls = PLAIN,
     ) -> None:
         """
         Args:
@@ -38,6 +68,7 @@ class HttpSide:
             port: TCP port; 0 picks a free one.
             grace_s: seconds that answers under way have to end.
             max_message_bytes: largest WebSocket message taken.
+            limits: of connections.
             tls: certificates of the port.
 
         Raises:
@@ -56,13 +87,11 @@ class HttpSide:
             lifespan="off",
             ws="wsproto",
             ws_max_size=max_message_bytes,
+            timeout_keep_alive=limits.idle_s,
             timeout_graceful_shutdown=max(1, int(grace_s)),
-            ssl_certfile=tls.cert,
-            ssl_keyfile=tls.key,
-            ssl_ca_certs=None if tls.client_ca is None else str(tls.client_ca),
-            ssl_cert_reqs=ssl.CERT_NONE if tls.client_ca is None else ssl.CERT_REQUIRED,
         )
-        self._server = _Server(config)
+        make_room(limits.max_connections)
+        self._server = _Server(config, limits, tls.server_context())
         self._serving: asyncio.Task[None] | None = None
 
     def start(self) -> None:
