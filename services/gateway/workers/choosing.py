@@ -89,9 +89,9 @@ class Standing:
         return self.report is None or not wish.model or not self.report.models or wish.model in self.report.models
 
     def must_switch(self, wish: Wish) -> bool:
-        """Whether it has to load another variant, or the same in another mode, as far as that is known."""
+        """Whether it has to load another variant, or the same in another mode; who has told nothing may have to."""
         if self.report is None:
-            return False
+            return True
         mode = self.report.mode if wish.mode is VramMode.AUTO else wish.mode
         other_model = bool(wish.model) and self.report.loaded_model != wish.model
         return other_model or self.report.loaded_mode is not mode

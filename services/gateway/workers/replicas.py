@@ -120,8 +120,8 @@ class Replicas(Generic[W]):
 
     def place(self, origin: Origin, places: Iterable[Place]) -> None:
         """Set where the workers are that one origin knows; those that nobody knows any more get no further calls."""
-        wanted = set(places)
-        for place in sorted(wanted, key=lambda each: each.address):
+        wanted = dict.fromkeys(places)  # in the order given: of equal ones the first is taken first
+        for place in wanted:
             member = self._members.get(place)
             if member is None:
                 member = self._leaving.pop(place, None) or _Member(self._connect(place), self._clock())
