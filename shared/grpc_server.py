@@ -29,7 +29,23 @@ from shared.tls import PLAIN, Tls, add_secure_port
 
 log = get_logger(__name__)
 
+CONNECTION_OPTIONS = [
+    ("grpc.max_allowed_incoming_connections", 4096),
+    # Of one connection; a thousand watchers may share it.
+    ("grpc.max_concurrent_streams", 2048),
+    # For TLS and the client's first frames.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),
+    # A client whose machine is gone says nothing: it is asked once a minute.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients may ask, too, at most so often.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+"""Of every port: how many connections, and for how long one may say nothing."""
 _SERVER_OPTIONS = [
+    *CONNECTION_OPTIONS,
     ("grpc.max_receive_message_length", 4 << 20),
     # Of all headers of a call together: refused beyond this, where gRPC's own soft limit refuses at random.
     ("grpc.max_metadata_size", 16 << 10),

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from ovi.common.v1 import tensor_pb2 as pb
 from ovi.common.v1 import tensor_pb2_grpc as pb_grpc
-from shared.grpc_server import SyncErrorInterceptor
+from shared.grpc_server import CONNECTION_OPTIONS, SyncErrorInterceptor
 from shared.tensors.framing import chunks_of, safetensors_header, spec_to_proto
 from shared.tensors.store import Lease, TensorStore
 from shared.tls import PLAIN, Tls, add_secure_port
@@ -56,7 +56,9 @@ class TensorServer:
         """
         self.store = store
         self._server = grpc.server(
-            ThreadPoolExecutor(_THREADS, thread_name_prefix="tensors"), interceptors=[SyncErrorInterceptor()]
+            ThreadPoolExecutor(_THREADS, thread_name_prefix="tensors"),
+            interceptors=[SyncErrorInterceptor()],
+            options=CONNECTION_OPTIONS,
         )
         pb_grpc.add_TensorServiceServicer_to_server(TensorServicer(store), self._server)
         bound = add_secure_port(self._server, host, port, tls)

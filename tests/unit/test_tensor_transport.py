@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ import torch
 from ovi.common.v1 import tensor_pb2 as pb
 from ovi.common.v1 import tensor_pb2_grpc as pb_grpc
 from shared.errors import CorruptTensor, InvalidRequest, ReferenceLost, ResourceExhausted
+from shared.grpc_server import CONNECTION_OPTIONS
 from shared.tensors.framing import chunks_of, safetensors_header, spec_of, spec_to_proto
 from shared.tensors.service import TensorServer
 from shared.tensors.store import TensorStore
@@ -48,6 +50,26 @@ def resolver() -> Iterator[TensorResolver]:
     resolver = TensorResolver.over_grpc()
     yield resolver
     resolver.close()
+
+
+def test_a_port_takes_so_many_connections_and_lets_go_of_silent_ones(monkeypatch) -> None:
+    """All ports are made with the same options; here with smaller numbers."""
+    small = {"grpc.max_allowed_incoming_connections": 3, "grpc.server_handshake_timeout_ms": 1000}
+    options = dict(CONNECTION_OPTIONS)
+    assert small.keys() < options.keys()
+    monkeypatch.setattr("shared.tensors.service.CONNECTION_OPTIONS", list((options | small).items()))
+    server = TensorServer(TensorStore(lease_s=60, max_bytes=1024), host="127.0.0.1", port=0, advertise_host="127.0.0.1")
+    try:
+        with contextlib.ExitStack() as closing:
+            host, _, port = server.address.partition(":")
+            clients = [closing.enter_context(socket.create_connection((host, int(port)), 20)) for _ in range(5)]
+            greeted = [client.recv(1 << 16) != b"" for client in clients]
+            assert greeted == [True, True, True, False, False]
+            for client in clients[:3]:
+                while client.recv(1 << 16):  # up to the end: they have said nothing
+                    pass
+    finally:
+        server.stop(0)
 
 
 @pytest.mark.parametrize(

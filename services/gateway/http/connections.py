@@ -18,8 +18,8 @@ from shared.logging import get_logger
 
 log = get_logger(__name__)
 
-_SPARE_FILES = 1024
-"""Beside connections: the database, clips, stages, gRPC."""
+_SPARE_FILES = 5120
+"""Beside these connections: those of gRPC, the database, clips, stages."""
 
 
 @dataclass(frozen=True)
