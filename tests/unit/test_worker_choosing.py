@@ -50,7 +50,7 @@ def test_the_mode_counts_as_the_variant_does():
     standings = [loaded(SMALL), loaded(SMALL, VramMode.FP8)]
     assert choose(standings, Wish(SMALL, VramMode.FP8)) == 1
     assert choose(standings, Wish(SMALL)) == 0, "the mode of work that names none is standard at both"
-    assert choose([SERVING, loaded(LARGE)], Wish(SMALL)) == 0, "one that does not tell is not held to have to switch"
+    assert choose([SERVING, loaded(SMALL)], Wish(SMALL)) == 1, "one that has told nothing may have to switch"
 
 
 def test_only_those_that_have_the_variant_are_asked():
@@ -72,7 +72,7 @@ def test_the_order_of_what_speaks_against_a_worker():
         replace(SERVING, is_passed_over=True),
         replace(SERVING, num_pending=100),
         loaded(LARGE),
-        SERVING,
+        loaded(SMALL),
     ]
     for worse, better in itertools.combinations(range(len(worst_first)), 2):
         pair = [worst_first[worse], worst_first[better]]
