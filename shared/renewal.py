@@ -20,9 +20,10 @@ class Renewal(Generic[Made]):
     Bytes are compared, not times: the files are small, and whichever way they are replaced, nothing is missed.
     """
 
-    def __init__(self, paths: Sequence[Path], make: Callable[[], Made]) -> None:
+    def __init__(self, side: str, paths: Sequence[Path], make: Callable[[], Made]) -> None:
         """
         Args:
+            side: for the log: what it is made for.
             paths: of the files.
             make: reads and checks them; raises ValueError or OSError if they cannot be used.
 
@@ -30,6 +31,7 @@ class Renewal(Generic[Made]):
             ValueError, OSError: as `make`.
         """
         self._paths = tuple(paths)
+        self._log = log.bind(side=side, files=[str(path) for path in self._paths])
         self._make = make
         self._lock = threading.Lock()
         self._seen: tuple[bytes | None, ...] | None = self._read()
@@ -43,18 +45,17 @@ class Renewal(Generic[Made]):
             if found == self._seen:
                 return False
             self._seen = found
-            files = [str(path) for path in self._paths]
             try:
                 made = self._make()
             except (ValueError, OSError) as error:
-                log.warning("renewed files cannot be used, the ones before stay in use", files=files, reason=str(error))
+                self._log.warning("renewed files cannot be used, the ones before stay in use", reason=str(error))
                 return False
             if self._read() != found:
                 # Replaced meanwhile, so nobody knows which ones were read; the next look tells.
                 self._seen = None
                 return False
             self.current = made
-            log.info("renewed files are in use", files=files)
+            self._log.info("renewed files are in use")
             return True
 
     def _read(self) -> tuple[bytes | None, ...]:

@@ -1,7 +1,7 @@
 """Transport security: which certificates a process shows and trusts, and what may listen without any.
 
-TLS 1.2 and later, by gRPC's and Python's own defaults. Ports look at their files with every new connection; channels
-read theirs when they are opened.
+TLS 1.2 and later, by gRPC's and Python's own defaults. Ports look at their files with every new connection, channels
+with every call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import grpc.aio
 from cryptography import x509
 
 from shared.renewal import Renewal
+from shared.renewing_channel import RenewingChannel
 
 CERT_FLAG = "--tls-cert"
 INSECURE_FLAG = "--insecure"
@@ -74,7 +75,7 @@ class Tls:
         """For a gRPC port, whose new connections see renewed files; None: plain text."""
         if not self.serves:
             return None
-        renewal = Renewal(self._served_files(), self._server_configuration)
+        renewal = Renewal("listening", self._served_files(), self._server_configuration)
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
             return renewal.current if renewal.look() else None
@@ -86,7 +87,7 @@ class Tls:
         """For any other port, whose new connections see renewed files; None: plain text."""
         if not self.serves:
             return None
-        renewal = Renewal(self._served_files(), self._server_context)
+        renewal = Renewal("listening", self._served_files(), self._server_context)
 
         def choose(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
             renewal.look()
@@ -122,13 +123,16 @@ class Tls:
         assert now.cert is not None and now.key is not None
         return now.cert, now.key
 
-    def channel_credentials(self) -> grpc.ChannelCredentials | None:
-        """For a gRPC channel; None: plain text."""
+    def channel_credentials(self) -> Renewal[grpc.ChannelCredentials] | None:
+        """For gRPC channels, and renewed with their files; None: plain text."""
         if not self.connects:
             return None
-        ca = self.ca.read_bytes() if self.ca is not None else None
-        cert = self.cert.read_bytes() if self.cert is not None else None
-        key = self.key.read_bytes() if self.key is not None else None
+        files = [path for path in (self.cert, self.key, self.ca) if path is not None]
+        return Renewal("calling", files, self._channel_credentials)
+
+    def _channel_credentials(self) -> grpc.ChannelCredentials:
+        now = dataclasses.replace(self)
+        ca, key, cert = (path and path.read_bytes() for path in (now.ca, now.key, now.cert))
         return grpc.ssl_channel_credentials(ca, key, cert)
 
 
@@ -150,7 +154,7 @@ def add_secure_port(server: grpc.Server | grpc.aio.Server, host: str, port: int,
 
 
 def open_channel(address: str, tls: Tls, options: ChannelOptions = (), *, authority: str = "") -> grpc.aio.Channel:
-    """A channel to host:port, with TLS where an authority is named.
+    """A channel to host:port, with TLS where an authority is named; calls after a renewal of its files use these.
 
     Args:
         address: host:port.
@@ -163,13 +167,7 @@ def open_channel(address: str, tls: Tls, options: ChannelOptions = (), *, author
     credentials = tls.channel_credentials()
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)
-
-
-def open_sync_channel(address: str, tls: Tls) -> grpc.Channel:
-    """The same for threads."""
-    credentials = tls.channel_credentials()
-    return grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
+    return RenewingChannel(credentials, lambda current: grpc.aio.secure_channel(address, current, options=options))
 
 
 def is_loopback(host: str) -> bool:

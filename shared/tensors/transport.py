@@ -14,7 +14,7 @@ from ovi.common.v1 import tensor_pb2_grpc as pb_grpc
 from shared.errors import CorruptTensor, FieldViolation, InvalidRequest, ReferenceLost
 from shared.grpc_client import error_of
 from shared.tensors.framing import TensorAssembler, TensorSpec, check_safetensors_header, spec_from_proto
-from shared.tls import PLAIN, Tls, open_sync_channel
+from shared.tls import PLAIN, Tls
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -30,24 +30,31 @@ class TensorTransport(Protocol):
 
 
 class Channels:
-    """One gRPC channel a producer address, opened at first use and kept."""
+    """One gRPC channel a producer address, opened at first use and kept until certificates are renewed."""
 
     def __init__(self, tls: Tls = PLAIN) -> None:
         """
         Args:
             tls: how producers are connected to.
         """
-        self._tls = tls
+        self._credentials = tls.channel_credentials()
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
     def stub(self, address: str) -> pb_grpc.TensorServiceStub:
         """A TensorService client of this address."""
         with self._lock:
+            if self._credentials is not None and self._credentials.look():
+                self._channels.clear()  # Streams under way hold theirs.
             channel = self._channels.get(address)
             if channel is None:
-                channel = self._channels[address] = open_sync_channel(address, self._tls)
+                channel = self._channels[address] = self._open(address)
         return pb_grpc.TensorServiceStub(channel)
+
+    def _open(self, address: str) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(address)
+        return grpc.secure_channel(address, self._credentials.current)
 
     def close(self) -> None:
         """Close every channel."""

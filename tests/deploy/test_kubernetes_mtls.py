@@ -95,7 +95,7 @@ def test_certificates_are_for_the_names_that_others_connect_to(options: dict[str
         server = grpc.server(ThreadPoolExecutor(1))
         port = add_secure_port(server, "127.0.0.1", 0, sides[service])
         server.start()
-        caller = sides["gateway" if service == "fusion" else "fusion"].channel_credentials()
+        caller = sides["gateway" if service == "fusion" else "fusion"].channel_credentials().current
         for name, reached in [*((name, True) for name in known_as), ("vae.example.com", False)]:
             target = (("grpc.ssl_target_name_override", name),)
             with grpc.secure_channel(f"127.0.0.1:{port}", caller, target) as channel:

@@ -56,6 +56,17 @@ class Ports:
                 return None
         return x509.load_der_x509_certificate(seen).serial_number if answered else None
 
+    def logged(self, event: str, count: int) -> list[dict[str, object]]:
+        """What ports have said of their files, when it is so much."""
+        service = self.gateway.service
+
+        def said() -> list[dict[str, object]]:
+            return [entry for entry in service.log if entry["event"] == event and entry["side"] == "listening"]
+
+        with service.logged:
+            service.logged.wait_for(lambda: len(said()) >= count, CALL_S)
+            return said()
+
 
 @pytest.fixture
 def ports(tmp_path: Path) -> Iterator[Ports]:
@@ -82,7 +93,7 @@ def test_new_connections_see_a_renewed_certificate_and_old_ones_go_on(ports):
     ports.authority.issue(NAME)
     after = serial(ports.files.cert)
     assert after != before and ports.shown(context) == {after}
-    ports.gateway.service.wait_logged(RENEWED, count=3)
+    assert len(ports.logged(RENEWED, 3)) == 3
     assert not ports.gateway.jobs.ListJobs(pb.ListJobsRequest(), timeout=CALL_S).jobs, "a channel of the time before"
     credentials = ports.authority.credentials(ports.client)
     with grpc.secure_channel(ports.gateway.service.address, credentials) as channel:
@@ -92,7 +103,7 @@ def test_new_connections_see_a_renewed_certificate_and_old_ones_go_on(ports):
 def test_damaged_files_change_nothing_until_they_are_whole(ports):
     context = context_of(ports.authority, ports.client)
     before, cert, key = serial(ports.files.cert), ports.files.cert, ports.files.key
-    other, service = ports.authority.issue("localhost"), ports.gateway.service
+    other = ports.authority.issue("localhost")
     damages = (
         (cert, cert.read_bytes()[:100], "holds no certificate"),
         (cert, other.cert.read_bytes(), "is not the unencrypted PEM key"),
@@ -103,8 +114,7 @@ def test_damaged_files_change_nothing_until_they_are_whole(ports):
         whole = file.read_bytes()
         file.write_bytes(damaged)
         assert ports.shown(context) == ports.shown(context) == {before}
-        service.wait_logged(REFUSED, count=3 * count)
-        reasons = [entry["reason"] for entry in service.log if entry["event"] == REFUSED]
+        reasons = [str(entry["reason"]) for entry in ports.logged(REFUSED, 3 * count)]
         assert len(reasons) == 3 * count, "told once a port, not with each connection"
         assert all(reason in said for said in reasons[-3:])
         file.write_bytes(whole)
