@@ -164,9 +164,7 @@ def test_tensors_are_fetched_with_a_renewed_certificate(authority, own, tmp_path
         new = second.issue("caller.example.com")
         shutil.copy(new.cert, own.cert)
         shutil.copy(new.key, own.key)
-        assert torch.equal(fetch(later), tensor) and torch.equal(
-            fetch(first), tensor
-        )
+        assert torch.equal(fetch(later), tensor) and torch.equal(fetch(first), tensor)
     finally:
         resolver.close()
         for server in servers:
