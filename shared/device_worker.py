@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -18,6 +19,15 @@ from shared.logging import get_logger
 T = TypeVar("T")
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Jobs that were cancelled while the device was at them."""
+
+    number: int = 0
+    seconds: float = 0.0
+    """From each cancel until the device was free, in all."""
 
 
 @dataclass
@@ -65,6 +75,8 @@ class DeviceWorker:
         self._max_pending = max_pending
         self._queue: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._pending = 0
+        self.cuts = Cuts()
+        """So far."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -100,7 +112,9 @@ class DeviceWorker:
                     return
         finally:
             if job.cancel() and not ended:
+                cut_s = time.monotonic()
                 await asyncio.shield(self._drained(job))
+                self._note_cut(time.monotonic() - cut_s)
             self._pending -= 1
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -125,6 +139,10 @@ class DeviceWorker:
         if not ended:
             log.warning("the device thread is still at work", worker=self._name, waited_s=timeout_s)
         return ended
+
+    def _note_cut(self, seconds: float) -> None:
+        log.info("work was cancelled", worker=self._name, device_free_after_s=round(seconds, 3))
+        self.cuts = Cuts(self.cuts.number + 1, self.cuts.seconds + seconds)
 
     @staticmethod
     async def _drained(job: _Job[Any]) -> None:

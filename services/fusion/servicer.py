@@ -150,6 +150,8 @@ class FusionServicer(pb_grpc.FusionServiceServicer):
             vram_mode=vram_mode_to_proto(self._engine.mode),
             allocation=self._engine.planner.allocation,
             num_pending=self._calls.number,
+            num_cut=self._worker.cuts.number,
+            cut_s=self._worker.cuts.seconds,
         )
 
     def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import SummaryMetricFamily
+from prometheus_client.registry import Collector
 
 from services.gateway.memory import StageDevices, device_key
 from services.gateway.workers.choosing import WorkerState
@@ -92,7 +94,7 @@ class GatewayMetrics:
         return self._workers
 
 
-class WorkerMetrics:
+class WorkerMetrics(Collector):
     """The workers of the stages, set from what is known of them at each scrape."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -105,9 +107,24 @@ class WorkerMetrics:
             ["stage", "address"],
             registry=registry,
         )
+        self._views: Sequence[WorkerView] = ()
+        registry.register(self)
+
+    def collect(self) -> Iterator[SummaryMetricFamily]:
+        """How long cancelled work held the device, as the workers count it themselves."""
+        cancels = SummaryMetricFamily(
+            "ovi_cancel_latency_seconds",
+            "Seconds from the cancel of a call at a worker until its device was free",
+            labels=["stage", "address"],
+        )
+        for view in self._views:
+            if view.report is not None:
+                cancels.add_metric([view.stage, view.address], view.report.num_cut, view.report.cut_s)
+        yield cancels
 
     def show(self, views: Sequence[WorkerView]) -> None:
         """All of them, as they are now."""
+        self._views = views
         for gauge in (self._number, self._pending):
             gauge.clear()
         for stage in sorted({view.stage for view in views}):

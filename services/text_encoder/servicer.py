@@ -138,6 +138,8 @@ class TextEncoderServicer(pb_grpc.TextEncoderServiceServicer):
             vram_mode=mode,
             allocation="single",
             num_pending=self._calls.number,
+            num_cut=self._worker.cuts.number,
+            cut_s=self._worker.cuts.seconds,
         )
 
     def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:

@@ -193,6 +193,8 @@ class VaeServicer(pb_grpc.VaeServiceServicer):
             vram_mode=mode,
             allocation=self._allocation,
             num_pending=self._calls.number,
+            num_cut=self._worker.cuts.number,
+            cut_s=self._worker.cuts.seconds,
         )
 
     def plan(self, wish: PlanWish) -> system_pb2.MemoryPlan:

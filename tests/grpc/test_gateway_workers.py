@@ -113,6 +113,7 @@ def test_an_operator_sees_the_workers(stages, other, tmp_path) -> None:
     told = other.system.worker
     told.loaded_model, told.loaded_vram_mode, told.allocation = MODEL, system.VRAM_MODE_FP8, "single"
     told.free_bytes, told.total_bytes, told.num_pending = 60_000_000_000, 80_000_000_000, 3
+    told.num_cut, told.cut_s = 2, 1.5
     with running_gateway(tmp_path / "data", *both(stages, other)) as gateway:
         job = gateway.create(seed=1)
         call = stages.fusion.next_call()
@@ -138,6 +139,8 @@ def test_an_operator_sees_the_workers(stages, other, tmp_path) -> None:
         assert 'ovi_workers{stage="fusion",state="serving"} 1.0' in metrics
         assert 'ovi_workers{stage="fusion",state="unreachable"} 1.0' in metrics
         assert f'ovi_worker_pending{{address="{stages.fusion.address}",stage="fusion"}} 1.0' in metrics
+        cancels = f'ovi_cancel_latency_seconds_{{}}{{{{address="{other.address}",stage="fusion"}}}}'
+        assert f"{cancels.format('count')} 2.0" in metrics and f"{cancels.format('sum')} 1.5" in metrics
         call.finish()
         gateway.end_of(job.id)
 

@@ -77,6 +77,17 @@ def test_leaving_the_stream_stops_the_work_at_its_next_yield(worker) -> None:
     run(main())
     assert len(steps) <= 4, "at most the step under way is finished"
     assert worker.num_pending == 0
+    assert worker.cuts.number == 1 and 0 < worker.cuts.seconds < TIMEOUT_S
+
+
+def test_only_what_the_device_was_at_counts_as_cut(worker) -> None:
+    async def main():
+        await worker.run(lambda: None)
+        with pytest.raises(ValueError, match="refused"):
+            await worker.run(lambda: int("refused"))
+
+    run(main())
+    assert worker.cuts.number == 0
 
 
 def test_a_waiting_job_that_is_cancelled_never_begins(worker) -> None:

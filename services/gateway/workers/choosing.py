@@ -49,6 +49,10 @@ class Report:
     total_bytes: int = 0
     num_pending: int = 0
     """Calls that wait or are under way there, of all gateways."""
+    num_cut: int = 0
+    """Calls that were cancelled while the device was at them."""
+    cut_s: float = 0.0
+    """From each such cancel until the device was free, in all."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def report_from_proto(worker: pb.Worker) -> Report:
         free_bytes=worker.free_bytes,
         total_bytes=worker.total_bytes,
         num_pending=worker.num_pending,
+        num_cut=worker.num_cut,
+        cut_s=worker.cut_s,
     )
 
 
@@ -65,6 +67,8 @@ def worker_to_proto(view: WorkerView, *, shows_jobs: bool) -> pb.Worker:
         free_bytes=told.free_bytes,
         total_bytes=told.total_bytes,
         num_pending=view.num_pending,
+        num_cut=told.num_cut,
+        cut_s=told.cut_s,
         job_ids=view.job_ids if shows_jobs else (),
         passed_over_s=view.passed_over_s,
     )
