@@ -160,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_written_is_given_back_too(stages, data_dir)
         released = Released(file.is_dir)
         call.keep(stages.fusion.checkpoint(3, released))
         assert released.seen.get(timeout=WAIT_S)
-        gateway.service.wait_logged("a checkpoint was not kept")
+        gateway.service.wait_logged("a checkpoint was not kept", count=1)
         shutil.rmtree(file)
         assert rest_of(gateway, job, call)[-1].state == pb.JOB_STATE_COMPLETED
         assert gateway.download(job.id) == clip_of(38)
