@@ -20,7 +20,7 @@ from tests.grpc.scripted_stages import MODEL, ScriptedTextEncoder, ScriptedVae
 from tests.service_process import ServiceProcess, free_port, running_service
 
 STEPS, EVERY = 24, 3
-KILLS, JOBS = 10, 4
+KILLS, JOBS = 6, 3
 
 
 class Lives:
@@ -102,7 +102,7 @@ def completed(gateway: GatewayUnderTest, ids: list[str]) -> None:
         assert end.state == pb.JOB_STATE_COMPLETED, (end.error, [str(entry)[:300] for entry in warnings])
 
 
-def four_jobs(gateway: GatewayUnderTest) -> list[str]:
+def some_jobs(gateway: GatewayUnderTest) -> list[str]:
     return [gateway.create(steps=STEPS, seed=seed).id for seed in range(JOBS)]
 
 
@@ -112,9 +112,9 @@ def test_kills_at_random_moments_cost_little_and_change_nothing(fusion_flags, st
     flags = (*stage_flags, "--fusion", f"127.0.0.1:{port}", "--checkpoint-steps", str(EVERY))
     with running_gateway(tmp_path / "data", *flags) as gateway:
         with running_service("fusion", *fusion_flags, port=port):
-            undisturbed = four_jobs(gateway)
+            undisturbed = some_jobs(gateway)
             completed(gateway, undisturbed)
-        ids = four_jobs(gateway)
+        ids = some_jobs(gateway)
         lives, num_kept = Lives(ids), 0
         for _ in range(KILLS):
             with running_service("fusion", *fusion_flags, port=port) as service:
