@@ -33,7 +33,15 @@ from shared.variants import PromptFormat
 
 T = TypeVar("T")
 
-_CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
+_CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A worker that hangs, or whose machine is gone, says nothing: its calls are cut within about a minute. Ports take
+    # such a question every 10 s (shared/grpc_server.py).
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 15_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 _DESCRIBE_TIMEOUT_S = 2.0
 _HEALTH_TIMEOUT_S = 2.0
 _SYSTEM_TIMEOUT_S = 2.0
